@@ -1,0 +1,62 @@
+"""Files that are either whole or absent: temporary name, fsync, rename."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from fastbert.errors import InputError
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+    """Yield an open file that takes the name `path` only once it is written and on disk.
+
+    Args:
+        path: the final name; its folder must exist.
+        mode: "w" for UTF-8 text, "wb" for bytes.
+
+    Raises:
+        InputError: no space left, or the folder cannot be written to. `path` is unchanged then.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    try:
+        with open(temporary, mode, **text) as file:  # type: ignore[call-overload]
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise writing_failed(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def writing_failed(path: str | os.PathLike[str], error: OSError) -> InputError:
+    """The one line for a file that could not be written."""
+    reason = error.strerror or str(error)
+    if error.errno == errno.ENOSPC:
+        reason = "no space left on the device; what was there before is unchanged"
+    return InputError(f"{path}: cannot write: {reason}")
+
+
+def _sync_folder(folder: Path) -> None:
+    # the rename itself must survive a power cut, not only the bytes
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
