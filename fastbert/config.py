@@ -1,0 +1,181 @@
+"""What an encoder is made of, under the names of Hugging Face's config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastbert.errors import InputError
+from fastbert.files import atomic_write
+
+# layers, hidden size: the names of google-research/bert (Turc et al. 2019, arXiv:1908.08962)
+SIZES: dict[str, tuple[int, int]] = {
+    "tiny": (2, 128),
+    "mini": (4, 256),
+    "small": (4, 512),
+    "medium": (8, 512),
+    "base": (12, 768),
+    "large": (24, 1024),
+}
+HEAD_DIM = 64
+ACTIVATIONS = ("gelu", "gelu_new")
+
+
+@dataclass
+class EncoderConfig:
+    """A BERT encoder's sizes and constants (Devlin et al. 2018, arXiv:1810.04805, section 3).
+
+    Raises:
+        InputError: a value out of range; the message names the field.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    # "gelu" is the exact erf form, "gelu_new" the tanh approximation
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    # None: the same as hidden_dropout_prob
+    classifier_dropout: float | None = None
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    # standard deviation of the initial weights
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int = 0
+    # class names of a classification head, in the order of its outputs
+    labels: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+            "type_vocab_size",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"config: {name} must be a positive integer, got {value!r}")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < 1.0:
+                raise InputError(f"config: {name} must be in [0, 1), got {value!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise InputError(
+                f"config: hidden_size must be a multiple of num_attention_heads, "
+                f"got {self.hidden_size} and {self.num_attention_heads}"
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise InputError(
+                f"config: hidden_act must be one of {', '.join(ACTIVATIONS)}, "
+                f"got {self.hidden_act!r}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def classifier_dropout_prob(self) -> float:
+        """Dropout in front of a task head."""
+        if self.classifier_dropout is None:
+            return self.hidden_dropout_prob
+        return self.classifier_dropout
+
+    @classmethod
+    def named(cls, size: str, **fields: Any) -> EncoderConfig:
+        """One of Google's published sizes: tiny, mini, small, medium, base, large.
+
+        Args:
+            size: the name.
+            fields: other fields, e.g. `vocab_size`.
+        """
+        if size not in SIZES:
+            raise InputError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+        layers, hidden = SIZES[size]
+        shape = {
+            "num_hidden_layers": layers,
+            "hidden_size": hidden,
+            "num_attention_heads": hidden // HEAD_DIM,
+            "intermediate_size": 4 * hidden,
+        }
+        return cls(**{**shape, **fields})
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], where: str = "config.json") -> EncoderConfig:
+        """Read Hugging Face's dictionary; fields that say nothing about the encoder are ignored.
+
+        Raises:
+            InputError: the dictionary describes a model this encoder does not compute.
+        """
+        _refuse_unsupported(raw, where)
+        known = {f.name for f in dataclasses.fields(cls)} - {"labels"}
+        values = {name: raw[name] for name in known if name in raw}
+        missing = [name for name in ("vocab_size", "hidden_size") if name not in raw]
+        if missing:
+            raise InputError(f"{where}: no field {' and '.join(missing)}: not an encoder's config")
+        labels = raw.get("id2label") or {}
+        try:
+            values["labels"] = [str(labels[key]) for key in sorted(labels, key=int)]
+            return cls(**values)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{where}: unreadable value: {error}") from None
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> EncoderConfig:
+        """Read `config.json` in `folder`."""
+        path = Path(folder) / "config.json"
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{folder}: no config.json: not a saved model's folder") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise InputError(f"{path}: unreadable: {error}") from None
+        if not isinstance(raw, dict):
+            raise InputError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+        return cls.from_dict(raw, where=str(path))
+
+    def to_dict(self, architecture: str | None = None) -> dict[str, Any]:
+        """The dictionary of a Hugging Face `config.json` with `model_type` bert."""
+        raw = dataclasses.asdict(self)
+        labels = raw.pop("labels")
+        raw |= {"model_type": "bert", "position_embedding_type": "absolute", "dtype": "float32"}
+        if architecture is not None:
+            raw["architectures"] = [architecture]
+        if labels:
+            raw["id2label"] = {str(index): label for index, label in enumerate(labels)}
+            raw["label2id"] = {label: index for index, label in enumerate(labels)}
+        return raw
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], architecture: str | None = None
+    ) -> None:
+        """Write `config.json` into `folder`."""
+        with atomic_write(Path(folder) / "config.json") as file:
+            json.dump(self.to_dict(architecture), file, indent=2, sort_keys=True)
+            file.write("\n")
+
+
+def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
+    model_type = raw.get("model_type", "bert")
+    if model_type != "bert":
+        raise InputError(f"{where}: model_type must be bert, got {model_type!r}")
+    positions = raw.get("position_embedding_type", "absolute")
+    if positions != "absolute":
+        raise InputError(f"{where}: position_embedding_type must be absolute, got {positions!r}")
+    for name in ("is_decoder", "add_cross_attention"):
+        if raw.get(name):
+            raise InputError(f"{where}: {name} is set: only encoders are supported")

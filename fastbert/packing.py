@@ -1,0 +1,308 @@
+"""PackedBatch: sequences end to end in one stream, no batch dimension, no padding inside."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastbert.kernels.ops import Layout
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class PackedBatch:
+    """What flows through the whole program.
+
+    Rows past the last sequence (the tail) belong to no sequence: their hidden states mean nothing
+    and they receive zero gradient. Where shapes are fixed, unused slots are harmless: `cu_seqlens`
+    repeats its last value, labels are -100.
+
+    Attributes:
+        input_ids, position_ids, token_type_ids: [tokens] int64.
+        cu_seqlens: [sequences + 1] int32, first 0, last the number of real tokens.
+        max_seqlen: an upper bound of the sequence lengths.
+        num_tokens: real tokens.
+        num_sequences: real sequences.
+        masked_positions: [masked] int64, rows the masked-LM head looks at.
+        labels: [masked] int64, their ids, -100 in unused slots.
+        num_masked: targets of the masked-LM objective.
+        sequence_labels: [sequences] int64, one class a sequence, -100 in unused slots.
+        num_labelled: targets among them.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    token_type_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    num_tokens: int
+    num_sequences: int
+    masked_positions: Tensor | None = None
+    labels: Tensor | None = None
+    num_masked: int = 0
+    sequence_labels: Tensor | None = None
+    num_labelled: int = 0
+
+    @property
+    def capacity(self) -> int:
+        """Tokens in the stream, tail included."""
+        return self.input_ids.shape[0]
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Row ranges for attention, shared by all layers."""
+        return Layout(self.cu_seqlens, capacity=self.capacity, max_seqlen=self.max_seqlen)
+
+    @cached_property
+    def first_tokens(self) -> Tensor:
+        """[sequences] int64, the row of each sequence's first token."""
+        return self.cu_seqlens[:-1].long().clamp_(max=self.capacity - 1)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
+        """The same batch with its tensors on `device`."""
+        moved = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            for f in dataclasses.fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Fixed sizes, so that every training step has the same shapes.
+
+    Attributes:
+        tokens: length of the stream.
+        sequences: slots in `cu_seqlens`, less one.
+        masked: slots in `masked_positions`.
+    """
+
+    tokens: int
+    sequences: int
+    masked: int
+
+
+@dataclass
+class Examples:
+    """Sequences on the host, end to end, before they are dealt into batches.
+
+    Attributes:
+        input_ids, token_type_ids: [tokens] integers.
+        cu_seqlens: [sequences + 1] int64.
+        masked_positions: [masked] int64 into the stream, ascending; None without the objective.
+        labels: [masked] int64.
+        sequence_labels: [sequences] int64; None without the objective.
+    """
+
+    input_ids: np.ndarray
+    token_type_ids: np.ndarray
+    cu_seqlens: np.ndarray
+    masked_positions: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    sequence_labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[sequences] int64."""
+        return np.diff(self.cu_seqlens)
+
+    @classmethod
+    def from_lists(
+        cls,
+        input_ids: Sequence[Sequence[int]],
+        token_type_ids: Sequence[Sequence[int]] | None = None,
+        sequence_labels: Sequence[int] | None = None,
+    ) -> Examples:
+        """Join one list of ids a sequence."""
+        lengths = [len(ids) for ids in input_ids]
+        types = [[0] * n for n in lengths] if token_type_ids is None else token_type_ids
+        return cls(
+            input_ids=_joined(input_ids),
+            token_type_ids=_joined(types),
+            cu_seqlens=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+            sequence_labels=None if sequence_labels is None else np.asarray(sequence_labels),
+        )
+
+    def batch(
+        self, chosen: Sequence[int] | np.ndarray, capacity: Capacity | None = None
+    ) -> PackedBatch:
+        """Pack the chosen sequences, in that order.
+
+        Args:
+            chosen: indices of sequences.
+            capacity: fixed sizes, or None for exactly what is needed.
+
+        Raises:
+            ValueError: the chosen sequences exceed the capacity.
+        """
+        chosen = np.asarray(chosen, dtype=np.int64)
+        lengths = self.lengths[chosen]
+        cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+        tokens = int(cu_seqlens[-1])
+        position_ids = np.arange(tokens) - np.repeat(cu_seqlens[:-1], lengths)
+        rows = position_ids + np.repeat(self.cu_seqlens[:-1][chosen], lengths)
+        size = capacity or Capacity(tokens, len(chosen), 0)
+        if tokens > size.tokens or len(chosen) > size.sequences:
+            raise ValueError(
+                f"batch: {tokens} tokens in {len(chosen)} sequences exceed the capacity "
+                f"of {size.tokens} and {size.sequences}"
+            )
+        batch = PackedBatch(
+            input_ids=_filled(self.input_ids[rows], size.tokens, 0),
+            position_ids=_filled(position_ids, size.tokens, 0),
+            token_type_ids=_filled(self.token_type_ids[rows], size.tokens, 0),
+            cu_seqlens=_filled(cu_seqlens, size.sequences + 1, tokens).int(),
+            max_seqlen=int(lengths.max(initial=0)),
+            num_tokens=tokens,
+            num_sequences=len(chosen),
+        )
+        if self.masked_positions is not None:
+            self._add_masked(batch, chosen, cu_seqlens, capacity)
+        if self.sequence_labels is not None:
+            labels = self.sequence_labels[chosen]
+            batch.sequence_labels = _filled(labels, size.sequences, IGNORE_INDEX)
+            batch.num_labelled = int((labels != IGNORE_INDEX).sum())
+        return batch
+
+    def _add_masked(
+        self,
+        batch: PackedBatch,
+        chosen: np.ndarray,
+        cu_seqlens: np.ndarray,
+        capacity: Capacity | None,
+    ) -> None:
+        assert self.masked_positions is not None and self.labels is not None
+        bounds = np.searchsorted(self.masked_positions, self.cu_seqlens)
+        counts = (bounds[1:] - bounds[:-1])[chosen]
+        total = int(counts.sum())
+        within = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
+        picked = np.repeat(bounds[:-1][chosen], counts) + within
+        shift = np.repeat(cu_seqlens[:-1] - self.cu_seqlens[:-1][chosen], counts)
+        slots = capacity.masked if capacity else total
+        if total > slots:
+            raise ValueError(f"batch: {total} masked positions exceed the capacity of {slots}")
+        batch.masked_positions = _filled(self.masked_positions[picked] + shift, slots, 0)
+        batch.labels = _filled(self.labels[picked], slots, IGNORE_INDEX)
+        batch.num_masked = total
+
+
+def pack(
+    input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None = None
+) -> tuple[PackedBatch, Tensor]:
+    """Drop the padding of a padded batch.
+
+    Args:
+        input_ids: [batch, length] integers.
+        attention_mask: [batch, length], nonzero at real tokens; None where all are real. The mask
+            may have holes: position ids are those of the padded layout, as in transformers.
+        token_type_ids: [batch, length]; None for zeros.
+
+    Returns:
+        The packed batch (sequence i is row i, empty rows are empty sequences), and `rows`, int64
+        [tokens], where each packed token stood in the flattened padded batch.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if input_ids.dim() != 2:
+        raise ValueError(f"pack: input_ids must be [batch, length], got {list(input_ids.shape)}")
+    for name, tensor in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
+        if tensor is not None and tensor.shape != input_ids.shape:
+            raise ValueError(
+                f"pack: {name} must be {list(input_ids.shape)}, got {list(tensor.shape)}"
+            )
+    batch_size, length = input_ids.shape
+    real = torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask is not None:
+        real = attention_mask != 0
+    rows = real.flatten().nonzero().squeeze(1)
+    lengths = real.sum(dim=1)
+    cu_seqlens = torch.zeros(batch_size + 1, dtype=torch.int32, device=input_ids.device)
+    cu_seqlens[1:] = lengths.cumsum(0)
+    types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+    batch = PackedBatch(
+        input_ids=input_ids.flatten()[rows],
+        position_ids=rows % length,
+        token_type_ids=types.flatten()[rows],
+        cu_seqlens=cu_seqlens,
+        max_seqlen=length,
+        num_tokens=rows.shape[0],
+        num_sequences=batch_size,
+    )
+    return batch, rows
+
+
+def unpack(hidden_states: Tensor, rows: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Put packed rows back where `pack` took them from; zeros at padding.
+
+    Args:
+        hidden_states: [tokens, ...].
+        rows: from `pack`.
+        shape: (batch, length) of the padded batch.
+
+    Returns:
+        [batch, length, ...].
+    """
+    padded = hidden_states.new_zeros((shape[0] * shape[1], *hidden_states.shape[1:]))
+    return padded.index_copy(0, rows, hidden_states).unflatten(0, shape)
+
+
+def best_fit(
+    lengths: Sequence[int] | np.ndarray, budget: int, max_sequences: int | None = None
+) -> list[list[int]]:
+    """Best-fit decreasing (Johnson 1974): the longest first, each into the fullest batch it fits.
+
+    Args:
+        lengths: of the sequences, each at most `budget`.
+        budget: tokens a batch.
+        max_sequences: sequences a batch at most.
+
+    Returns:
+        Indices of the sequences of each batch, in the order in which batches were opened. Every
+        index appears once.
+
+    Raises:
+        ValueError: a sequence longer than the budget.
+    """
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    batches: list[list[int]] = []
+    # (free tokens, batch), ascending: the first that is large enough is the fullest
+    free: list[tuple[int, int]] = []
+    for index in order.tolist():
+        length = int(lengths[index])
+        if length > budget:
+            raise ValueError(f"best_fit: a sequence of {length} tokens exceeds the budget {budget}")
+        slot = bisect.bisect_left(free, (length, -1))
+        if slot == len(free):
+            batches.append([])
+            left, chosen = budget, len(batches) - 1
+        else:
+            left, chosen = free.pop(slot)
+        batches[chosen].append(index)
+        if max_sequences is None or len(batches[chosen]) < max_sequences:
+            bisect.insort(free, (left - length, chosen))
+    return batches
+
+
+def _joined(parts: Sequence[Sequence[int]]) -> np.ndarray:
+    if not len(parts):
+        return np.zeros(0, dtype=np.int64)
+    return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
+
+
+def _filled(values: np.ndarray, size: int, fill: int) -> Tensor:
+    out = np.full(size, fill, dtype=np.int64)
+    out[: len(values)] = values
+    return torch.from_numpy(out)

@@ -1,0 +1,336 @@
+"""The public operators: checks, autocast and dispatch. Models reach operators through this file.
+
+Every operator takes fp32, bf16, fp16 or fp64 tensors on any device. Under autocast, matrix inputs
+are cast to the autocast dtype and outputs have that dtype; parameters of norms stay as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastbert.kernels import reference
+from fastbert.kernels.layout import Layout
+from fastbert.kernels.philox import Rng
+
+__all__ = [
+    "CrossEntropy",
+    "Layout",
+    "Rng",
+    "attention",
+    "dropout",
+    "embedding",
+    "feed_forward",
+    "layer_norm",
+    "linear_cross_entropy",
+]
+
+ACTIVATIONS = ("gelu", "gelu_new")
+
+
+class CrossEntropy(NamedTuple):
+    """What linear_cross_entropy returns.
+
+    Attributes:
+        loss_sum: scalar fp32 (fp64 for fp64 inputs), summed over rows that are not ignored.
+        correct: scalar int64, rows whose largest logit is the label's.
+    """
+
+    loss_sum: Tensor
+    correct: Tensor
+
+
+def dropout(x: Tensor, dropout_p: float, rng: Rng | None) -> Tensor:
+    """Dropout (Srivastava et al. 2014).
+
+    Args:
+        x: any shape.
+        dropout_p: probability of a zero, in [0, 1).
+        rng: names the draw; needed where dropout_p > 0.
+
+    Returns:
+        The shape and dtype of `x`.
+
+    Raises:
+        ValueError: dropout_p out of range, or no rng for it.
+    """
+    _check_dropout("dropout", dropout_p, rng)
+    return reference.dropout(x, dropout_p, rng)
+
+
+def embedding(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    word_weight: Tensor,
+    position_weight: Tensor,
+    token_type_weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    *,
+    eps: float = 1e-12,
+    dropout_p: float = 0.0,
+    rng: Rng | None = None,
+) -> Tensor:
+    """Word, position and segment rows, summed, normalised, dropped out (Devlin et al. 2018).
+
+    Args:
+        input_ids, position_ids, token_type_ids: [tokens] integers.
+        word_weight, position_weight, token_type_weight: [rows, hidden_size].
+        norm_weight, norm_bias: [hidden_size].
+        eps: added to the variance.
+        dropout_p: dropout after the norm, in [0, 1).
+        rng: names the dropout draw.
+
+    Returns:
+        [tokens, hidden_size] in the autocast dtype, or else the weights' dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, dropout_p out of range.
+    """
+    _check_dropout("embedding", dropout_p, rng)
+    if not input_ids.shape == position_ids.shape == token_type_ids.shape or input_ids.dim() != 1:
+        raise ValueError(
+            "embedding: input_ids, position_ids and token_type_ids must all be [tokens], got "
+            f"{tuple(input_ids.shape)}, {tuple(position_ids.shape)}, {tuple(token_type_ids.shape)}"
+        )
+    dtype = _compute_dtype(word_weight)
+    with _no_autocast(word_weight):
+        return reference.embedding(
+            input_ids,
+            position_ids,
+            token_type_ids,
+            word_weight,
+            position_weight,
+            token_type_weight,
+            norm_weight,
+            norm_bias,
+            eps=eps,
+            dropout_p=dropout_p,
+            rng=rng,
+            dtype=dtype,
+        )
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float = 1e-12,
+    dropout_p: float = 0.0,
+    rng: Rng | None = None,
+) -> Tensor:
+    """LayerNorm(residual + dropout(x + x_bias)) (Ba et al. 2016, arXiv:1607.06450).
+
+    Args:
+        x: [rows, hidden_size].
+        weight, bias: [hidden_size].
+        x_bias: [hidden_size], the bias of the projection that made `x`.
+        residual: [rows, hidden_size].
+        eps: added to the variance.
+        dropout_p: in [0, 1).
+        rng: names the dropout draw.
+
+    Returns:
+        [rows, hidden_size] in the dtype of `x`, or the autocast dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, dropout_p out of range.
+    """
+    _check_dropout("layer_norm", dropout_p, rng)
+    hidden_size = weight.shape[0]
+    if x.dim() != 2 or x.shape[1] != hidden_size:
+        raise ValueError(f"layer_norm: x must be [rows, {hidden_size}], got {tuple(x.shape)}")
+    for name, tensor, shape in (
+        ("bias", bias, weight.shape),
+        ("x_bias", x_bias, weight.shape),
+        ("residual", residual, x.shape),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"layer_norm: {name} must be {list(shape)}, got {list(tensor.shape)}")
+    dtype = _compute_dtype(x)
+    with _no_autocast(x):
+        return reference.layer_norm(
+            x.to(dtype),
+            weight.to(dtype),
+            bias.to(dtype),
+            x_bias=None if x_bias is None else x_bias.to(dtype),
+            residual=None if residual is None else residual.to(dtype),
+            eps=eps,
+            dropout_p=dropout_p,
+            rng=rng,
+        )
+
+
+def feed_forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor | None = None,
+    *,
+    activation: str = "gelu",
+) -> Tensor:
+    """GELU(x w1' + b1) w2' + b2 (Vaswani et al. 2017; Hendrycks and Gimpel 2016).
+
+    Args:
+        x: [rows, hidden_size].
+        w1: [intermediate_size, hidden_size]; b1: [intermediate_size].
+        w2: [hidden_size, intermediate_size]; b2: [hidden_size], or None where layer_norm adds it.
+        activation: "gelu" (exact, erf) or "gelu_new" (tanh).
+
+    Returns:
+        [rows, hidden_size] in the dtype of `x`, or the autocast dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown activation.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"feed_forward: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+        )
+    intermediate_size, hidden_size = w1.shape
+    for name, tensor, shape in (
+        ("x", x, (x.shape[0], hidden_size)),
+        ("b1", b1, (intermediate_size,)),
+        ("w2", w2, (hidden_size, intermediate_size)),
+        ("b2", b2, (hidden_size,)),
+    ):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"feed_forward: {name} must be {list(shape)}, got {list(tensor.shape)}"
+            )
+    dtype = _compute_dtype(x)
+    with _no_autocast(x):
+        return reference.feed_forward(
+            x.to(dtype),
+            w1.to(dtype),
+            b1.to(dtype),
+            w2.to(dtype),
+            None if b2 is None else b2.to(dtype),
+            activation=activation,
+        )
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    layout: Layout | None = None,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    rng: Rng | None = None,
+) -> Tensor:
+    """Bidirectional attention within each sequence of a packed stream (Vaswani et al. 2017).
+
+    Args:
+        query, key, value: [tokens, heads, head_dim], strided views allowed.
+        cu_seqlens: [sequences + 1] int32, first 0, last the number of real tokens.
+        layout: of this batch, shared by all layers; worked out here where None.
+        softmax_scale: head_dim ** -0.5 where None.
+        dropout_p: on the probabilities, in [0, 1).
+        rng: names the dropout draw.
+
+    Returns:
+        [tokens, heads, head_dim]; rows past the last sequence are zero and get zero gradient.
+
+    Raises:
+        ValueError: shapes that do not fit, dropout_p out of range.
+    """
+    _check_dropout("attention", dropout_p, rng)
+    if query.dim() != 3 or not query.shape == key.shape == value.shape:
+        raise ValueError(
+            "attention: query, key and value must all be [tokens, heads, head_dim], got "
+            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        )
+    if layout is None:
+        layout = Layout(cu_seqlens, capacity=query.shape[0], max_seqlen=query.shape[0])
+    if layout.capacity != query.shape[0]:
+        raise ValueError(f"attention: layout is for {layout.capacity} tokens, got {query.shape[0]}")
+    dtype = _compute_dtype(query)
+    scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    with _no_autocast(query):
+        return reference.attention(
+            query.to(dtype),
+            key.to(dtype),
+            value.to(dtype),
+            layout=layout,
+            softmax_scale=scale,
+            dropout_p=dropout_p,
+            rng=rng,
+        )
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+) -> CrossEntropy:
+    """Softmax cross-entropy of hidden weight' + bias without keeping the logits.
+
+    Args:
+        hidden: [rows, hidden_size].
+        weight: [vocab_size, hidden_size]; bias: [vocab_size].
+        labels: [rows] int64, `ignore_index` in rows that do not count.
+
+    Returns:
+        The summed loss and the number of right answers. A mean is the caller's: divide by the
+        targets of the whole optimiser step.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    vocab_size, hidden_size = weight.shape
+    for name, tensor, shape in (
+        ("hidden", hidden, (len(labels), hidden_size)),
+        ("bias", bias, (vocab_size,)),
+    ):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"linear_cross_entropy: {name} must be {list(shape)}, got {list(tensor.shape)}"
+            )
+    dtype = _compute_dtype(hidden)
+    if bias is None:
+        bias = hidden.new_zeros(vocab_size)
+    with _no_autocast(hidden):
+        return CrossEntropy(
+            *reference.linear_cross_entropy(
+                hidden.to(dtype),
+                weight.to(dtype),
+                labels,
+                bias.to(dtype),
+                ignore_index=ignore_index,
+            )
+        )
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    device = tensor.device.type
+    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
+
+
+def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)  # type: ignore[no-any-return]
+    return contextlib.nullcontext()
+
+
+def _check_dropout(operator: str, dropout_p: float, rng: Rng | None) -> None:
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{operator}: dropout_p must be in [0, 1), got {dropout_p}")
+    if dropout_p > 0.0 and rng is None:
+        raise ValueError(f"{operator}: dropout_p {dropout_p} needs an rng")
