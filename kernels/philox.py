@@ -1,17 +1,36 @@
 """Where dropout's random numbers come from.
 
-A draw is named by logical coordinates: seed, optimiser step, micro-batch, layer, call site.
-Training on a CPU seeds a torch generator from them: fast, repeatable, resumable.
+A draw is named by logical coordinates, never by tiles. Two ways to draw:
+
+- training on a CPU seeds a torch generator from seed, step, micro-batch, layer and call site;
+- exact masks come from Philox-4x32 (Salmon et al. 2011), on any device and bit for bit the same
+  in Triton (dropout.py) and here:
+
+      subkey = philox(counter=(step, layer, site, 0), key=seed)
+      words  = philox(counter=(column // 8, position, sequence id, head), key=subkey)
+
+  Each of the eight 16-bit halves of the four words serves one column: word (column % 8) // 2, low
+  half first. A column is kept where its 16 bits reach the threshold.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+# the fewest rounds that pass BigCrush; Salmon et al. name 10 as the margin of the cautious
+ROUNDS = 7
+COLUMNS_PER_CALL = 8
+THRESHOLD_BITS = 16
+
 _MASK = (1 << 64) - 1
+_WORD = 0xFFFFFFFF
+_ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
+_KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
+
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -24,6 +43,12 @@ class Rng:
         micro_batch: micro-batch within the step.
         layer: encoder layer; 0 is the embedding.
         site: call site within the layer.
+        exact: draw by Philox on the reference path too; the Triton path always does.
+        sequence_ids: [rows] int32, the global sample index of each row's sequence. Without them
+            all rows count as one sequence, whose id is `micro_batch`.
+        positions: [rows] int32, each row's place in its sequence; the row number where None.
+        state: [3] int64 (seed, step, micro_batch) on the device of the draw. Kernels read it
+            there, so that a replayed CUDA graph draws fresh masks once it is written to.
     """
 
     seed: int
@@ -31,10 +56,28 @@ class Rng:
     micro_batch: int = 0
     layer: int = 0
     site: int = 0
+    exact: bool = False
+    sequence_ids: Tensor | None = field(default=None, compare=False, repr=False)
+    positions: Tensor | None = field(default=None, compare=False, repr=False)
+    state: Tensor | None = field(default=None, compare=False, repr=False)
 
     def at(self, layer: int, site: int = 0) -> Rng:
         """The same step's numbers for another layer and call site."""
         return replace(self, layer=layer, site=site)
+
+    def rows(self, sequence_ids: Tensor | None, positions: Tensor | None) -> Rng:
+        """The same draw with these rows' coordinates, or None to number the rows."""
+        return replace(self, sequence_ids=sequence_ids, positions=positions)
+
+    def on(self, device: torch.device | str) -> Rng:
+        """The same draw with its state on `device`: once a step spares a copy a call."""
+        return replace(self, state=self.device_state(torch.device(device)))
+
+    def device_state(self, device: torch.device) -> Tensor:
+        """[3] int64 (seed, step, micro_batch) on `device`."""
+        if self.state is not None and self.state.device == device:
+            return self.state
+        return torch.tensor([_signed(self.seed), self.step, self.micro_batch], device=device)
 
     def generator(self) -> torch.Generator:
         """A CPU generator seeded by all five coordinates."""
@@ -45,10 +88,102 @@ class Rng:
 
 
 def keep_mask(shape: tuple[int, ...], dropout_p: float, rng: Rng, like: Tensor) -> Tensor:
-    """0 with probability `dropout_p`, else 1 / (1 - dropout_p): `shape`, dtype of `like`."""
+    """0 with probability `dropout_p`, else what keeps the mean: `shape`, dtype of `like`."""
+    if rng.exact:
+        mask = exact_mask(shape, dropout_p, rng, like.device)
+        return mask.to(like.dtype)
     mask = torch.empty(shape, dtype=torch.float32)
     mask.bernoulli_(1.0 - dropout_p, generator=rng.generator())
     return mask.mul_(1.0 / (1.0 - dropout_p)).to(device=like.device, dtype=like.dtype)
+
+
+def exact_mask(
+    shape: tuple[int, ...], dropout_p: float, rng: Rng, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The mask that kernels draw, as [rows, columns] fp32: 0 or `keep_scale(dropout_p)`.
+
+    Raises:
+        ValueError: not two dimensions, or an rng that names another number of rows.
+    """
+    if len(shape) != 2:
+        raise ValueError(f"dropout: exact masks are for [rows, columns], got {list(shape)}")
+    row_count, column_count = shape
+    check_rows("dropout", rng, row_count)
+    sequence, position = rng.sequence_ids, rng.positions
+    if position is None:
+        position = torch.arange(row_count, device=device)
+    if sequence is None:
+        sequence = torch.full((row_count,), rng.micro_batch, device=device)
+    sequence, position = (ids.to(device, torch.int64)[:, None] for ids in (sequence, position))
+    groups = -(-column_count // COLUMNS_PER_CALL)
+    group = torch.arange(groups, device=device)[None, :].expand(row_count, groups)
+    words = philox((group, position, sequence, torch.zeros_like(group)), subkey(rng))
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    bits = torch.stack(halves, dim=-1).flatten(1)[:, :column_count]
+    return (bits >= keep_threshold(dropout_p)).float() * keep_scale(dropout_p)
+
+
+def keep_threshold(dropout_p: float) -> int:
+    """The least 16-bit number that is kept."""
+    steps = 1 << THRESHOLD_BITS
+    return min(round(dropout_p * steps), steps - 1)
+
+
+def keep_scale(dropout_p: float) -> float:
+    """One over the share that `keep_threshold` keeps, so that the mean is unbiased."""
+    steps = 1 << THRESHOLD_BITS
+    return steps / (steps - keep_threshold(dropout_p))
+
+
+def check_rows(operator: str, rng: Rng, row_count: int) -> None:
+    """Raise ValueError where the rng's row coordinates are for another number of rows."""
+    for name, ids in (("sequence_ids", rng.sequence_ids), ("positions", rng.positions)):
+        if ids is not None and tuple(ids.shape) != (row_count,):
+            raise ValueError(
+                f"{operator}: rng.{name} must be [{row_count}], one a row, got {list(ids.shape)}"
+            )
+
+
+def subkey(rng: Rng) -> tuple[int, int]:
+    """The key of one layer's and call site's draw."""
+    counter = tuple(torch.tensor(value) for value in (rng.step, rng.layer, rng.site, 0))
+    seed = rng.seed & _MASK
+    first, second, _, _ = philox(counter, (seed & _WORD, seed >> 32))  # type: ignore[arg-type]
+    return int(first), int(second)
+
+
+def philox(counter: Words, key: tuple[int, int], rounds: int = ROUNDS) -> Words:
+    """Philox-4x32 (Salmon et al. 2011).
+
+    Args:
+        counter: four int64 tensors that hold 32-bit words; they broadcast.
+        key: two 32-bit words.
+        rounds: 10 and 7 have published test vectors.
+
+    Returns:
+        Four int64 tensors of 32-bit words.
+    """
+    c0, c1, c2, c3 = (word & _WORD for word in counter)
+    k0, k1 = key
+    for _ in range(rounds):
+        high_a, low_a = _multiply(_ROUND_A, c0)
+        high_b, low_b = _multiply(_ROUND_B, c2)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = (k0 + _KEY_A) & _WORD, (k1 + _KEY_B) & _WORD
+    return c0, c1, c2, c3
+
+
+def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
+    # int64 has no room for the 64 bits of the product and no logical shift: go by halves
+    low_part = (constant & 0xFFFF) * word
+    high_part = (constant >> 16) * word + (low_part >> 16)
+    return high_part >> 16, ((high_part & 0xFFFF) << 16) | (low_part & 0xFFFF)
+
+
+def _signed(seed: int) -> int:
+    # the same 64 bits as an int64 tensor holds them
+    seed &= _MASK
+    return seed - (1 << 64) if seed >> 63 else seed
 
 
 def _mix(value: int) -> int:

@@ -1,0 +1,282 @@
+"""Which path runs an operator, and with which launch configuration. Imports no triton.
+
+CUDA and HIP tensors run Triton, all others `reference`; with TRITON_INTERPRET=1 tensors on the CPU
+run Triton's interpreter. FASTBERT_BACKEND or `use_backend` overrides it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# what a machine without a GPU stands in for when it counts programs
+ASSUMED_PROCESSORS = 4
+
+_override: str | None = os.environ.get("FASTBERT_BACKEND") or None
+_assumed_architecture: str | None = None
+_log = logging.getLogger("fastbert")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one kernel is launched; every size is a power of two.
+
+    Attributes:
+        rows, columns, inner: the tile; `inner` is the depth of a matrix product's step.
+        num_warps, num_stages: Triton's.
+        programs_per_processor: of kernels that loop over their rows.
+    """
+
+    rows: int
+    columns: int
+    inner: int = 0
+    num_warps: int = 4
+    num_stages: int = 2
+    programs_per_processor: int = 2
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row of the launch table: what was fastest, and on which device that was seen."""
+
+    launch: Launch
+    measured_on: str
+
+
+# (kernel, architecture, dtype, size): a row needs a measurement, so there is none yet
+TABLE: dict[tuple[str, str, str, int], Measured] = {}
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Inside, every operator runs `backend`, "reference" or "triton"; backward follows forward.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    global _override
+    if backend not in BACKENDS:
+        raise ValueError(f"use_backend: must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    before, _override = _override, backend
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether operators on this tensor run Triton kernels.
+
+    Raises:
+        ValueError: Triton was asked for where it cannot run.
+    """
+    if _override is None:
+        return tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu")
+    if _override == "reference":
+        return False
+    if _override != "triton":
+        raise ValueError(
+            f"FASTBERT_BACKEND: must be one of {', '.join(BACKENDS)}, got {_override!r}"
+        )
+    if not (tensor.is_cuda or INTERPRETED):
+        raise ValueError(
+            f"backend triton: needs a CUDA or HIP tensor, got one on {tensor.device}; "
+            "TRITON_INTERPRET=1, set before the start, runs kernels on the CPU, slowly, for tests"
+        )
+    return True
+
+
+def describe(device: torch.device | str) -> str:
+    """One line for the start of a run: which path operators take on this device."""
+    probe = torch.empty(0, device=device)
+    if not uses_triton(probe):
+        return f"operators on {probe.device.type}: PyTorch (reference)"
+    if probe.is_cuda:
+        name = torch.cuda.get_device_name(probe.device)
+        return f"operators on {name} ({architecture(probe.device)}): Triton"
+    return "operators on cpu: Triton's interpreter (slow, for tests)"
+
+
+@functools.cache
+def require_triton(device_type: str) -> None:
+    """Say once which path runs; raise RuntimeError, in one line, where Triton cannot."""
+    remedy = "or set FASTBERT_BACKEND=reference"
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError(f"triton is not installed: pip install triton, {remedy}")
+    compilers = (os.environ.get("CC"), "gcc", "clang", "cc")
+    if device_type == "cuda" and not any(shutil.which(name) for name in compilers if name):
+        raise RuntimeError(f"Triton needs a C compiler, found none: install gcc, {remedy}")
+    if INTERPRETED:
+        from fastbert.kernels import interpreter
+
+        interpreter.repair()
+    _log.info(describe(device_type))
+
+
+def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, launch: Launch, **constants: Any) -> None:
+    """Launch a Triton kernel; the one place where that happens."""
+    kernel[grid](
+        *arguments, **constants, num_warps=launch.num_warps, num_stages=launch.num_stages
+    )
+
+
+def configure(kernel: str, tensor: Tensor, size: int) -> Launch:
+    """The launch of `kernel` for the tensor's device and dtype.
+
+    Args:
+        kernel: its name, e.g. "layer_norm_fwd".
+        tensor: what the kernel reads most of.
+        size: hidden size, intermediate size or head size.
+
+    Returns:
+        The override file's row, else the table's, else a default that is safe everywhere.
+    """
+    key = (kernel, architecture(tensor.device), str(tensor.dtype).removeprefix("torch."), size)
+    measured = overrides().get(key) or TABLE.get(key)
+    return measured.launch if measured else default(kernel, size)
+
+
+def default(kernel: str, size: int) -> Launch:
+    """A launch that is safe on every architecture: no spills, at most 64 KiB of shared memory."""
+    if kernel == "layer_norm_fwd":
+        return _row_launch(size, elements=4096, elements_per_warp=1024)
+    if kernel == "layer_norm_bwd":
+        return _row_launch(size, elements=2048, elements_per_warp=512)
+    if kernel == "bias_activation_fwd":
+        return Launch(rows=4, columns=_columns(size, 512), num_warps=4)
+    if kernel == "bias_activation_bwd":
+        return Launch(rows=8, columns=_columns(size, 128), num_warps=4)
+    if kernel == "linear_activation":
+        return Launch(rows=64, columns=64, inner=32, num_warps=4, num_stages=3)
+    if kernel == "column_sum":
+        return Launch(rows=32, columns=32, num_warps=4)
+    raise KeyError(kernel)
+
+
+def chunk_columns(width: int) -> int:
+    """The power of two whose fewest multiples cover a row of `width` with the least waste.
+
+    768 is covered by 3 x 256, without the waste of 1024. At most eight multiples, at least 32.
+    """
+    choices = [size for size in (2**n for n in range(5, 14)) if -(-width // size) <= 8]
+    return min(choices, key=lambda size: (-(-width // size) * size, -size))
+
+
+def programs(tensor: Tensor, launch: Launch, blocks: int) -> int:
+    """How many programs share `blocks` blocks of rows, in kernels that loop."""
+    return max(1, min(blocks, processors(tensor.device) * launch.programs_per_processor))
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors (compute units) of the device."""
+    if device.type != "cuda":
+        return ASSUMED_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def architecture(device: torch.device) -> str:
+    """ "sm_90", "gfx942", or "cpu"."""
+    if _assumed_architecture is not None:
+        return _assumed_architecture
+    return _device_architecture(device)
+
+
+@functools.cache
+def _device_architecture(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "cpu"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@contextlib.contextmanager
+def assume_architecture(name: str) -> Iterator[None]:
+    """Inside, configurations are those of another architecture: for ahead-of-time compilation."""
+    global _assumed_architecture
+    before, _assumed_architecture = _assumed_architecture, name
+    try:
+        yield
+    finally:
+        _assumed_architecture = before
+
+
+def override_path() -> Path:
+    """Where `fastbert tune` writes: FASTBERT_LAUNCH_FILE, else in the user's cache folder."""
+    named = os.environ.get("FASTBERT_LAUNCH_FILE")
+    if named:
+        return Path(named)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "fastbert" / "launch.json"
+
+
+@functools.cache
+def overrides() -> dict[tuple[str, str, str, int], Measured]:
+    """The rows of the override file, read once a process; none where there is no file.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    path = override_path()
+    if not path.is_file():
+        return {}
+    try:
+        return dict(_row(entry) for entry in json.loads(path.read_text())["rows"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: not a launch table ({error}): delete it, or run `fastbert tune` again"
+        ) from error
+
+
+def table_entry(key: tuple[str, str, str, int], measured: Measured) -> dict[str, Any]:
+    """One row as the override file holds it."""
+    names = ("kernel", "architecture", "dtype", "size")
+    return {
+        **dict(zip(names, key, strict=True)),
+        "launch": asdict(measured.launch),
+        "measured_on": measured.measured_on,
+    }
+
+
+def _row(entry: dict[str, Any]) -> tuple[tuple[str, str, str, int], Measured]:
+    names = {field.name for field in fields(Launch)}
+    unknown = set(entry["launch"]) - names
+    if unknown:
+        raise KeyError(f"unknown {', '.join(sorted(unknown))}, known {', '.join(sorted(names))}")
+    key = (entry["kernel"], entry["architecture"], entry["dtype"], int(entry["size"]))
+    return key, Measured(Launch(**entry["launch"]), entry["measured_on"])
+
+
+def _row_launch(width: int, elements: int, elements_per_warp: int) -> Launch:
+    columns = chunk_columns(width)
+    padded = -(-width // columns) * columns
+    rows = 1
+    while rows < 32 and 2 * rows * padded <= elements:
+        rows *= 2
+    warps = 1
+    while warps < 16 and warps * elements_per_warp < rows * padded:
+        warps *= 2
+    return Launch(rows=rows, columns=columns, num_warps=warps)
+
+
+def _columns(size: int, most: int) -> int:
+    columns = 32
+    while columns < min(size, most):
+        columns *= 2
+    return columns
