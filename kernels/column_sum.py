@@ -22,7 +22,9 @@ def _column_sum_kernel(
     for first in range(0, rows, BLOCK_M):
         row = first + tl.arange(0, BLOCK_M)
         mask = (row < rows)[:, None] & (column < columns)[None, :]
-        total += tl.load(partial_ptr + row[:, None] * columns + column[None, :], mask=mask, other=0.0)
+        total += tl.load(
+            partial_ptr + row[:, None] * columns + column[None, :], mask=mask, other=0.0
+        )
     tl.store(out_ptr + column, tl.sum(total, axis=0), mask=column < columns)
 
 

@@ -38,13 +38,24 @@ def row_coordinates(state_ptr, sequence_ids_ptr, positions_ptr, row, row_mask):
 
 @triton.jit
 def keep_factors(
-    key, sequence, position, first_column, COLUMNS: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr
+    key,
+    sequence,
+    position,
+    first_column,
+    COLUMNS: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
     """[rows, COLUMNS] fp32, 0 or SCALE; `first_column` is a multiple of COLUMNS_PER_CALL."""
     groups = tl.arange(0, COLUMNS // COLUMNS_PER_CALL) + first_column // COLUMNS_PER_CALL
     zero = tl.zeros([sequence.shape[0], COLUMNS // COLUMNS_PER_CALL], tl.int32)
     w0, w1, w2, w3 = tl.philox(
-        key, zero + groups[None, :], zero + position[:, None], zero + sequence[:, None], zero, ROUNDS
+        key,
+        zero + groups[None, :],
+        zero + position[:, None],
+        zero + sequence[:, None],
+        zero,
+        ROUNDS,
     )
     # joined so that flattening runs through the words in order, each low half first
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))

@@ -63,7 +63,10 @@ def _widened(operand: Any) -> Any:
 
 def _refusing_bf16(name: str, method: Any) -> Any:
     def checked(self: Any, *operands: Any) -> Any:
-        if any(getattr(o, "dtype", None) is not None and o.dtype.scalar == tl.bfloat16 for o in operands):
+        if any(
+            getattr(o, "dtype", None) is not None and o.dtype.scalar == tl.bfloat16
+            for o in operands
+        ):
             raise TypeError(f"{name}: bf16 arithmetic means nothing here: widen to fp32 first")
         return method(self, *operands)
 

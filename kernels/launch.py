@@ -28,6 +28,7 @@ ASSUMED_PROCESSORS = 4
 
 _override: str | None = os.environ.get("FASTBERT_BACKEND") or None
 _assumed_architecture: str | None = None
+_recorded: list[Recorded] | None = None
 _log = logging.getLogger("fastbert")
 
 
@@ -59,6 +60,16 @@ class Measured:
 
 # (kernel, architecture, dtype, size): a row needs a measurement, so there is none yet
 TABLE: dict[tuple[str, str, str, int], Measured] = {}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A launch that was noted instead of made."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    launch: Launch
 
 
 @contextlib.contextmanager
@@ -127,11 +138,14 @@ def require_triton(device_type: str) -> None:
     _log.info(describe(device_type))
 
 
-def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, launch: Launch, **constants: Any) -> None:
+def run(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, launch: Launch, **constants: Any
+) -> None:
     """Launch a Triton kernel; the one place where that happens."""
-    kernel[grid](
-        *arguments, **constants, num_warps=launch.num_warps, num_stages=launch.num_stages
-    )
+    if _recorded is not None:
+        _recorded.append(Recorded(kernel, arguments, constants, launch))
+        return
+    kernel[grid](*arguments, **constants, num_warps=launch.num_warps, num_stages=launch.num_stages)
 
 
 def configure(kernel: str, tensor: Tensor, size: int) -> Launch:
@@ -145,9 +159,14 @@ def configure(kernel: str, tensor: Tensor, size: int) -> Launch:
     Returns:
         The override file's row, else the table's, else a default that is safe everywhere.
     """
+    return measured(kernel, tensor, size) or default(kernel, size)
+
+
+def measured(kernel: str, tensor: Tensor, size: int) -> Launch | None:
+    """The override file's row or else the table's; None where nothing was measured."""
     key = (kernel, architecture(tensor.device), str(tensor.dtype).removeprefix("torch."), size)
-    measured = overrides().get(key) or TABLE.get(key)
-    return measured.launch if measured else default(kernel, size)
+    row = overrides().get(key) or TABLE.get(key)
+    return row.launch if row else None
 
 
 def default(kernel: str, size: int) -> Launch:
@@ -161,7 +180,7 @@ def default(kernel: str, size: int) -> Launch:
     if kernel == "bias_activation_bwd":
         return Launch(rows=8, columns=_columns(size, 128), num_warps=4)
     if kernel == "linear_activation":
-        return Launch(rows=64, columns=64, inner=32, num_warps=4, num_stages=3)
+        return Launch(64, 64, inner=32, num_warps=4, num_stages=3, programs_per_processor=2)
     if kernel == "column_sum":
         return Launch(rows=32, columns=32, num_warps=4)
     raise KeyError(kernel)
@@ -215,6 +234,17 @@ def assume_architecture(name: str) -> Iterator[None]:
         yield
     finally:
         _assumed_architecture = before
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Recorded]]:
+    """Inside, launches are noted instead of made, so that meta tensors can stand for real ones."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
 
 
 def override_path() -> Path:

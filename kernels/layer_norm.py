@@ -10,6 +10,7 @@ Saved for backward: x, residual and the fp32 mean and rstd of each row. Recomput
 dropout mask and xhat, in fp32 (where the sum was asked for, it is saved in place of the parts).
 """
 
+# ruff: noqa: RUF005  Triton knows tuples by concatenation
 from __future__ import annotations
 
 import torch
@@ -29,8 +30,10 @@ _UNSPECIALISED = ["rows", "layer", "site", "blocks_per_program"]
 def _column_mask(columns, row_mask, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
     # a full chunk needs no test of its columns, and vector loads stay whole
     if WIDTH % CHUNK == 0:
-        return row_mask[:, None]
-    return row_mask[:, None] & (columns < WIDTH)[None, :]
+        mask = row_mask[:, None]
+    else:
+        mask = row_mask[:, None] & (columns < WIDTH)[None, :]
+    return mask
 
 
 @triton.jit
@@ -38,7 +41,9 @@ def _sum_of_parts(
     x_ptr, x_bias_ptr, residual_ptr,
     x_offset, residual_offset, columns, mask, column_mask, keep,
 ):  # fmt: skip
-    total = tl.load(x_ptr + x_offset[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    total = tl.load(x_ptr + x_offset[:, None] + columns[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
     if x_bias_ptr is not None:
         total += tl.load(x_bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     if keep is not None:

@@ -7,28 +7,35 @@ are cast to the autocast dtype and outputs have that dtype; parameters of norms 
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastbert.kernels import reference
+from fastbert.kernels import launch, reference
+from fastbert.kernels.launch import use_backend
 from fastbert.kernels.layout import Layout
-from fastbert.kernels.philox import Rng
+from fastbert.kernels.philox import Rng, check_rows
 
 __all__ = [
     "CrossEntropy",
     "Layout",
+    "NormedSum",
     "Rng",
     "attention",
     "dropout",
     "embedding",
     "feed_forward",
+    "gated_feed_forward",
     "layer_norm",
+    "layer_norm_with_sum",
     "linear_cross_entropy",
+    "use_backend",
 ]
 
 ACTIVATIONS = ("gelu", "gelu_new")
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MIN_WIDTH, MAX_WIDTH = 32, 8192
 
 
 class CrossEntropy(NamedTuple):
@@ -41,6 +48,18 @@ class CrossEntropy(NamedTuple):
 
     loss_sum: Tensor
     correct: Tensor
+
+
+class NormedSum(NamedTuple):
+    """What layer_norm_with_sum returns.
+
+    Attributes:
+        output: [rows, hidden_size], the norm.
+        total: [rows, hidden_size], residual + dropout(x + x_bias).
+    """
+
+    output: Tensor
+    total: Tensor
 
 
 def dropout(x: Tensor, dropout_p: float, rng: Rng | None) -> Tensor:
@@ -143,20 +162,69 @@ def layer_norm(
     Raises:
         ValueError: shapes that do not fit, dropout_p out of range.
     """
-    _check_dropout("layer_norm", dropout_p, rng)
+    y, _ = _layer_norm("layer_norm", x, weight, bias, x_bias, residual, eps, dropout_p, rng, False)
+    return y
+
+
+def layer_norm_with_sum(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float = 1e-12,
+    dropout_p: float = 0.0,
+    rng: Rng | None = None,
+) -> NormedSum:
+    """layer_norm with the sum it normalises, which pre-LN layers carry on as their residual.
+
+    Arguments and errors are those of `layer_norm`.
+    """
+    operator = "layer_norm_with_sum"
+    return NormedSum(
+        *_layer_norm(operator, x, weight, bias, x_bias, residual, eps, dropout_p, rng, True)
+    )
+
+
+def _layer_norm(
+    operator: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x_bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    rng: Rng | None,
+    wants_total: bool,
+) -> tuple[Tensor, Tensor]:
+    _check_dropout(operator, dropout_p, rng)
     hidden_size = weight.shape[0]
     if x.dim() != 2 or x.shape[1] != hidden_size:
-        raise ValueError(f"layer_norm: x must be [rows, {hidden_size}], got {tuple(x.shape)}")
+        raise ValueError(f"{operator}: x must be [rows, {hidden_size}], got {list(x.shape)}")
     for name, tensor, shape in (
         ("bias", bias, weight.shape),
         ("x_bias", x_bias, weight.shape),
         ("residual", residual, x.shape),
     ):
         if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"layer_norm: {name} must be {list(shape)}, got {list(tensor.shape)}")
+            raise ValueError(f"{operator}: {name} must be {list(shape)}, got {list(tensor.shape)}")
     dtype = _compute_dtype(x)
+    if launch.uses_triton(x):
+        if not MIN_WIDTH <= hidden_size <= MAX_WIDTH:
+            raise ValueError(
+                f"{operator}: width must be {MIN_WIDTH} to {MAX_WIDTH}, got {hidden_size}"
+            )
+        _check_kernel_inputs(
+            operator, x=x, weight=weight, bias=bias, x_bias=x_bias, residual=residual
+        )
+        draw = _draw(operator, x, dropout_p, rng)
+        return _kernels(x).normalise(
+            x, weight, bias, x_bias, residual, draw, eps, dtype, wants_total
+        )
     with _no_autocast(x):
-        return reference.layer_norm(
+        total, y = reference.layer_norm_with_sum(
             x.to(dtype),
             weight.to(dtype),
             bias.to(dtype),
@@ -166,6 +234,7 @@ def layer_norm(
             dropout_p=dropout_p,
             rng=rng,
         )
+        return y, total
 
 
 def feed_forward(
@@ -191,10 +260,7 @@ def feed_forward(
     Raises:
         ValueError: shapes that do not fit, an unknown activation.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"feed_forward: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-        )
+    _check_activation("feed_forward", activation)
     intermediate_size, hidden_size = w1.shape
     for name, tensor, shape in (
         ("x", x, (x.shape[0], hidden_size)),
@@ -207,6 +273,12 @@ def feed_forward(
                 f"feed_forward: {name} must be {list(shape)}, got {list(tensor.shape)}"
             )
     dtype = _compute_dtype(x)
+    if launch.uses_triton(x):
+        _check_kernel_inputs("feed_forward", x=x, w1=w1, b1=b1, w2=w2, b2=b2)
+        with _no_autocast(x):
+            return _kernels(x).activated(
+                x.to(dtype), w1.to(dtype), b1, w2.to(dtype), b2, activation, False
+            )
     with _no_autocast(x):
         return reference.feed_forward(
             x.to(dtype),
@@ -214,6 +286,60 @@ def feed_forward(
             b1.to(dtype),
             w2.to(dtype),
             None if b2 is None else b2.to(dtype),
+            activation=activation,
+        )
+
+
+def gated_feed_forward(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    *,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    activation: str = "gelu",
+) -> Tensor:
+    """(GELU(a) * g) w2' + b2 with [a | g] = x w1' + b1: GeGLU (Shazeer 2020, arXiv:2002.05202).
+
+    Args:
+        x: [rows, hidden_size].
+        w1: [2 * intermediate_size, hidden_size], the activated half first.
+        w2: [hidden_size, intermediate_size].
+        b1: [2 * intermediate_size]; b2: [hidden_size].
+        activation: "gelu" (exact, erf) or "gelu_new" (tanh).
+
+    Returns:
+        [rows, hidden_size] in the dtype of `x`, or the autocast dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown activation.
+    """
+    _check_activation("gated_feed_forward", activation)
+    hidden_size, intermediate_size = w2.shape
+    for name, tensor, shape in (
+        ("x", x, (x.shape[0], hidden_size)),
+        ("w1", w1, (2 * intermediate_size, hidden_size)),
+        ("b1", b1, (2 * intermediate_size,)),
+        ("b2", b2, (hidden_size,)),
+    ):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"gated_feed_forward: {name} must be {list(shape)}, got {list(tensor.shape)}"
+            )
+    dtype = _compute_dtype(x)
+    if launch.uses_triton(x):
+        _check_kernel_inputs("gated_feed_forward", x=x, w1=w1, b1=b1, w2=w2, b2=b2)
+        with _no_autocast(x):
+            return _kernels(x).activated(
+                x.to(dtype), w1.to(dtype), b1, w2.to(dtype), b2, activation, True
+            )
+    with _no_autocast(x):
+        return reference.gated_feed_forward(
+            x.to(dtype),
+            w1.to(dtype),
+            w2.to(dtype),
+            b1=None if b1 is None else b1.to(dtype),
+            b2=None if b2 is None else b2.to(dtype),
             activation=activation,
         )
 
@@ -334,3 +460,47 @@ def _check_dropout(operator: str, dropout_p: float, rng: Rng | None) -> None:
         raise ValueError(f"{operator}: dropout_p must be in [0, 1), got {dropout_p}")
     if dropout_p > 0.0 and rng is None:
         raise ValueError(f"{operator}: dropout_p {dropout_p} needs an rng")
+
+
+def _check_activation(operator: str, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{operator}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+        )
+
+
+def _check_kernel_inputs(operator: str, **tensors: Tensor | None) -> None:
+    device = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        device = device or tensor.device
+        if tensor.device != device:
+            raise ValueError(f"{operator}: {name} must be on {device}, got {tensor.device}")
+        if tensor.dtype not in KERNEL_DTYPES:
+            raise ValueError(
+                f"{operator}: {name} must be float32, float16 or bfloat16 for Triton, got "
+                f"{tensor.dtype}; use_backend('reference') takes float64"
+            )
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(
+                f"{operator}: {name} must be contiguous in its last dimension, got strides "
+                f"{list(tensor.stride())}; call .contiguous()"
+            )
+
+
+def _draw(operator: str, x: Tensor, dropout_p: float, rng: Rng | None) -> Any:
+    if dropout_p == 0.0 or rng is None:
+        return None, None, None, 0, 0, 0.0
+    check_rows(operator, rng, x.shape[0])
+    state = rng.device_state(x.device)
+    return state, rng.sequence_ids, rng.positions, rng.layer, rng.site, dropout_p
+
+
+def _kernels(tensor: Tensor) -> Any:
+    if not torch.compiler.is_compiling():
+        launch.require_triton(tensor.device.type)
+    # where Triton is missing, and on CPUs, none of this is ever imported
+    from fastbert.kernels import autograd
+
+    return autograd

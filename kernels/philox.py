@@ -89,7 +89,8 @@ class Rng:
 
 def keep_mask(shape: tuple[int, ...], dropout_p: float, rng: Rng, like: Tensor) -> Tensor:
     """0 with probability `dropout_p`, else what keeps the mean: `shape`, dtype of `like`."""
-    if rng.exact:
+    # a draw on the host and its copy would hold a GPU up
+    if rng.exact or (like.is_cuda and like.dim() == 2):
         mask = exact_mask(shape, dropout_p, rng, like.device)
         return mask.to(like.dtype)
     mask = torch.empty(shape, dtype=torch.float32)

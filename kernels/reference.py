@@ -50,7 +50,7 @@ def embedding(
     return dropout(normed.to(dtype), dropout_p, rng)
 
 
-def layer_norm(
+def layer_norm_with_sum(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -60,13 +60,13 @@ def layer_norm(
     eps: float,
     dropout_p: float,
     rng: Rng | None,
-) -> Tensor:
-    """LayerNorm(residual + dropout(x + x_bias)) (Ba et al. 2016)."""
+) -> tuple[Tensor, Tensor]:
+    """total = residual + dropout(x + x_bias), and its LayerNorm (Ba et al. 2016)."""
     total = x if x_bias is None else x + x_bias
     total = dropout(total, dropout_p, rng)
     if residual is not None:
         total = total + residual
-    return F.layer_norm(total, weight.shape, weight, bias, eps)
+    return total, F.layer_norm(total, weight.shape, weight, bias, eps)
 
 
 def feed_forward(
@@ -74,6 +74,20 @@ def feed_forward(
 ) -> Tensor:
     """GELU(x w1' + b1) w2' + b2 (Hendrycks and Gimpel 2016)."""
     return F.linear(F.gelu(F.linear(x, w1, b1), approximate=_GELU[activation]), w2, b2)
+
+
+def gated_feed_forward(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    *,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """(GELU(a) * g) w2' + b2 with [a | g] = x w1' + b1 (Shazeer 2020)."""
+    activated, gate = F.linear(x, w1, b1).chunk(2, dim=-1)
+    return F.linear(F.gelu(activated, approximate=_GELU[activation]) * gate, w2, b2)
 
 
 def attention(
