@@ -32,12 +32,14 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _STATEMENT_LISTS = ("body", "orelse", "handlers", "finalbody")
 
 _IMPORT_LINE = re.compile(
-    r"^[ \t]*(?:>>>|\.\.\.)?[ \t]*(?:from[ \t]+[\w.]+[ \t]+import\b|import[ \t]+[\w.]+).*$",
-    re.MULTILINE,
+    r"""^[ \t]*(?:>>>|\.\.\.)?[ \t]*
+    (?:from[ \t]+[\w.]+[ \t]+import\b.*
+    |import[ \t]+[\w.]+(?:[ \t]+as[ \t]+\w+)?(?:,.*)?[ \t]*;?)$""",
+    re.MULTILINE | re.VERBOSE,
 )
 # a name inside an identifier gives the answer away too (`__torch_function__`, `to_numpy_array`)
 _LIBRARY_NAME = re.compile(
-    r"(?<![A-Za-z0-9])(?:c?python\d?|py?torch[a-z]*|numpy|np|sympy|networkx|nx)"
+    r"(?<![A-Za-z0-9])(?:c?python\d?|(?:py)?torch[a-z0-9]*|numpy|np|sympy|networkx|nx)"
     r"(?![A-Za-z0-9])(?:\.(?=\w))?",
     re.IGNORECASE,
 )
@@ -88,7 +90,9 @@ def collect(*, say: Callable[[str], None] = print) -> list[PyDoc]:
             for doc in found:
                 docs.setdefault(doc.text, doc)
     if unreadable:
-        say(f"python-docs: {unreadable} source files skipped, this Python cannot parse them")
+        files = "1 source file" if unreadable == 1 else f"{unreadable} source files"
+        them = "it" if unreadable == 1 else "them"
+        say(f"python-docs: {files} skipped: this Python cannot parse {them}")
     return list(docs.values())
 
 
