@@ -62,6 +62,7 @@ clean: ## remove build products and caches (.venv and runs/ stay)
 clean-all: clean ## remove .venv as well
 	rm -rf $(VENV)
 
+# everything that can fail is asked before an old environment goes
 $(STAMP):
 	@test -n '$(VERSION)' || { echo 'make: $(PYTHON) cannot be run: PYTHON=... names' \
 		'the interpreter to use (3.10 or newer)' >&2; exit 1; }
@@ -69,10 +70,11 @@ $(STAMP):
 		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 			echo 'make: $(PYTHON) is Python $(VERSION), needed is 3.10 or newer:' \
 			'PYTHON=... names another' >&2; exit 1; }; \
-		test ! -e $(VENV) || echo 'make: $(VENV) is made anew for Python $(VERSION)'; \
-		rm -rf $(VENV) && $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		$(PYTHON) -c 'import ensurepip, venv' || { \
 			echo 'make: $(PYTHON) cannot make an environment; on Debian and Ubuntu:' \
-			'apt install python3-venv' >&2; exit 1; }; }
+			'apt install python3-venv' >&2; exit 1; }; \
+		test ! -e $(VENV) || echo 'make: $(VENV) is made anew for Python $(VERSION)'; \
+		rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
 	@touch $@
 
 # torch first and alone: pip may then choose among its builds with nothing else to satisfy
