@@ -118,6 +118,12 @@ class Examples:
         """[sequences] int64."""
         return np.diff(self.cu_seqlens)
 
+    @property
+    def num_masked(self) -> np.ndarray:
+        """[sequences] int64, targets of the masked-LM objective in each."""
+        assert self.masked_positions is not None
+        return np.diff(np.searchsorted(self.masked_positions, self.cu_seqlens))
+
     @classmethod
     def from_lists(
         cls,
