@@ -59,7 +59,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "lib/broken.py": 'def broken(:\n    """No."""\n',
         "lib/latin.py": b'# -*- coding: latin-1 -*-\n"""Caf\xe9."""\n',
         "torch/__init__.py": '"""Module text."""\n',
-        "torch/nn.py": 'x = """no docstring"""\ndef f():\n    """Of torch."""\n',
+        "torch/nn.py": 'x = """no docstring"""\ndef f():\n    """Of \\ud800torch\\."""\n',
         "torch/testing/_internal/a.py": '"""Internal."""\n',
         "torch/testing/b.py": '"""Public testing."""\n',
     }
@@ -82,7 +82,7 @@ def test_collect_reads_sorts_and_de_duplicates(small: Path) -> None:
         PyDoc("Inner text.", "python", "b", "Outer.method.inner"),
         PyDoc("Fallback text.", "python", "b", "fallback"),
         PyDoc("Café.", "python", "latin", ""),
-        PyDoc("Of torch.", "torch", "torch.nn", "f"),
+        PyDoc("Of torch\\.", "torch", "torch.nn", "f"),
         PyDoc("Public testing.", "torch", "torch.testing.b", ""),
     ]
     assert said == [

@@ -15,6 +15,7 @@ import os
 import random
 import re
 import sysconfig
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,8 +193,11 @@ def _read_module(path: Path, library: str, module: str) -> list[PyDoc] | None:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError):
+        with warnings.catch_warnings():
+            # other people's invalid escapes
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
         return None
     finally:
         if collecting:
@@ -206,7 +210,8 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
         if not isinstance(node, ast.Module):
             name = f"{name}.{node.name}" if name else node.name
         raw = ast.get_docstring(node, clean=False)
-        text = inspect.cleandoc(raw).strip() if raw else ""
+        # an escaped half of a surrogate pair is no text that could be written down
+        text = inspect.cleandoc(raw).strip().encode("utf-8", "ignore").decode() if raw else ""
         if text:
             yield name, text
     for field in _STATEMENT_LISTS:
