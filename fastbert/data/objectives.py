@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -198,7 +199,7 @@ def _cut_pieces(corpus: TokenizedCorpus, room: int, rng: np.random.Generator) ->
     pieces: list[tuple[int, int]] = []
     # scalar draws: numpy's cost microseconds each
     draw = random.Random(int(rng.integers(1 << 62)))
-    for start, document_end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, document_end in pairwise(bounds):
         while start < document_end:
             limit = draw.randint(2, room) if draw.random() < SHORT_SEQUENCE_SHARE else room
             if start + limit >= document_end:

@@ -130,9 +130,7 @@ class PretrainingStream:
         )
 
 
-def prefetch(
-    stream: PretrainingStream, depth: int = 4
-) -> Iterator[tuple[PackedBatch, Position]]:
+def prefetch(stream: PretrainingStream, depth: int = 4) -> Iterator[tuple[PackedBatch, Position]]:
     """Batches prepared by a thread, each with the position after it, for a resume.
 
     The thread ends when the iterator is closed.
