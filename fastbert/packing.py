@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +69,7 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """The same batch with its tensors on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=non_blocking)
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
@@ -117,6 +118,12 @@ class Examples:
     def lengths(self) -> np.ndarray:
         """[sequences] int64."""
         return np.diff(self.cu_seqlens)
+
+    @property
+    def num_masked(self) -> np.ndarray:
+        """[sequences] int64, targets of the masked-LM objective in each."""
+        assert self.masked_positions is not None
+        return np.diff(np.searchsorted(self.masked_positions, self.cu_seqlens))
 
     @classmethod
     def from_lists(

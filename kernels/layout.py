@@ -9,8 +9,9 @@ from torch import Tensor
 
 # sequences share a padded group while the shortest is at least this share of the longest
 GROUP_FILL = 0.75
-# below this length the matrix products are too small for the fill to matter
-GROUP_FLOOR = 16
+# below this length the matrix products are too small for the fill to matter; block lengths are
+# multiples of it, because a matrix library prepares code anew for every new shape
+GROUP_STEP = 16
 
 
 @dataclass
@@ -18,14 +19,20 @@ class Group:
     """Sequences of similar length, addressed as one padded block.
 
     Attributes:
-        index: [sequences, length] int64, the token row of each slot; padding slots repeat the
+        sequences, length: the block's shape.
+        index: [sequences * length] int64, the token row of each slot; padding slots repeat the
             sequence's own first row, so that a neighbour's values never enter.
-        valid: [sequences, length] bool, or None where no slot is padding.
+        padding: [sequences, 1, 1, length] bool, or None where no slot is padding.
+        slots, rows: [real tokens] int64, the slots that are not padding, and their token rows.
         start: first row where the group is one contiguous run without padding, else None.
     """
 
+    sequences: int
+    length: int
     index: Tensor
-    valid: Tensor | None
+    padding: Tensor | None
+    slots: Tensor
+    rows: Tensor
     start: int | None
 
 
@@ -44,6 +51,13 @@ class Layout:
     capacity: int
     max_seqlen: int
     _groups: list[Group] | None = field(default=None, repr=False)
+    _num_tokens: int | None = field(default=None, repr=False)
+
+    def num_tokens(self) -> int:
+        """Real tokens; reads cu_seqlens on the host."""
+        if self._num_tokens is None:
+            self._num_tokens = int(self.cu_seqlens[-1])
+        return self._num_tokens
 
     def groups(self) -> list[Group]:
         """The plan of the reference path's attention; reads cu_seqlens on the host."""
@@ -65,7 +79,7 @@ def _plan_groups(cu_seqlens: Tensor) -> list[Group]:
     sizes = lengths.tolist()
     for last in range(1, len(sizes) + 1):
         longest = sizes[first]
-        if last < len(sizes) and sizes[last] >= min(longest * GROUP_FILL, longest - GROUP_FLOOR):
+        if last < len(sizes) and sizes[last] >= min(longest * GROUP_FILL, longest - GROUP_STEP):
             continue
         groups.append(_group(starts[first:last], lengths[first:last], cu_seqlens.device))
         first = last
@@ -73,12 +87,19 @@ def _plan_groups(cu_seqlens: Tensor) -> list[Group]:
 
 
 def _group(starts: Tensor, lengths: Tensor, device: torch.device) -> Group:
-    longest = int(lengths[0])
-    slots = torch.arange(longest)
-    valid = slots < lengths[:, None]
-    index = starts[:, None] + torch.where(valid, slots, 0)
-    if not bool(valid.all()):
-        return Group(index.to(device), valid.to(device), None)
-    flat = index.flatten()
-    contiguous = bool((flat == flat[0] + torch.arange(len(flat))).all())
-    return Group(index.to(device), None, int(flat[0]) if contiguous else None)
+    length = -(-int(lengths[0]) // GROUP_STEP) * GROUP_STEP
+    places = torch.arange(length)
+    valid = places < lengths[:, None]
+    index = (starts[:, None] + torch.where(valid, places, 0)).flatten()
+    slots = valid.flatten().nonzero().squeeze(1)
+    whole = len(slots) == len(index)
+    contiguous = whole and bool((index == index[0] + torch.arange(len(index))).all())
+    return Group(
+        sequences=len(starts),
+        length=length,
+        index=index.to(device),
+        padding=None if whole else ~valid[:, None, None, :].to(device),
+        slots=slots.to(device),
+        rows=index[slots].to(device),
+        start=int(index[0]) if contiguous else None,
+    )

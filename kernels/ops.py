@@ -428,15 +428,11 @@ def linear_cross_entropy(
             )
     dtype = _compute_dtype(hidden)
     if bias is None:
-        bias = hidden.new_zeros(vocab_size)
+        bias = weight.new_zeros(vocab_size)
     with _no_autocast(hidden):
         return CrossEntropy(
             *reference.linear_cross_entropy(
-                hidden.to(dtype),
-                weight.to(dtype),
-                labels,
-                bias.to(dtype),
-                ignore_index=ignore_index,
+                hidden.to(dtype), weight, labels, bias, ignore_index=ignore_index
             )
         )
 

@@ -5,6 +5,7 @@ Signatures are those of ops.py. Statistics, softmax and losses are computed in f
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ class _Attention(torch.autograd.Function):
         dropout_p: float,
         rng: Rng | None,
     ) -> Tensor:
-        output = torch.zeros_like(query, memory_format=torch.contiguous_format)
+        output = _blank(query, layout)
         saved = []
         masks = _attention_masks(layout, query, dropout_p, rng)
         for group, mask in zip(layout.groups(), masks, strict=True):
@@ -135,17 +136,15 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         query, key, value, *saved = ctx.saved_tensors
         layout, softmax_scale, dropout_p, rng = ctx.plan
-        results = [
-            torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
-        ]
+        results = [_blank(tensor, layout) for tensor in (query, key, value)]
         masks = _attention_masks(layout, query, dropout_p, rng)
         for group, mask, probabilities in zip(layout.groups(), masks, saved, strict=True):
             q, k, v, grad = (_gather(tensor, group) for tensor in (query, key, value, grads[0]))
             if torch.is_grad_enabled():
                 # a second derivative needs the probabilities as a function of q and k
                 probabilities = _probabilities(q, k, group, softmax_scale)
-            if group.valid is not None:
-                grad = grad * group.valid[:, None, :, None]
+            if group.padding is not None:
+                grad = grad.masked_fill(group.padding.transpose(-1, -2), 0.0)
             kept = probabilities if mask is None else probabilities * mask
             grad_kept = grad @ v.transpose(-1, -2)
             grad_probabilities = grad_kept if mask is None else grad_kept * mask
@@ -165,9 +164,8 @@ def _attention_masks(
     if dropout_p == 0.0:
         return [None] * len(groups)
     assert rng is not None
-    heads = like.shape[1]
-    shapes = [(g.index.shape[0], heads, g.index.shape[1], g.index.shape[1]) for g in groups]
-    sizes = [s[0] * s[1] * s[2] * s[3] for s in shapes]
+    shapes = [(g.sequences, like.shape[1], g.length, g.length) for g in groups]
+    sizes = [math.prod(shape) for shape in shapes]
     flat = keep_mask((sum(sizes),), dropout_p, rng, like)
     parts = torch.split(flat, sizes)
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
@@ -175,37 +173,47 @@ def _attention_masks(
 
 def _probabilities(q: Tensor, k: Tensor, group: Group, softmax_scale: float) -> Tensor:
     scores = (q * softmax_scale) @ k.transpose(-1, -2)
-    if group.valid is not None:
-        scores = scores.masked_fill(~group.valid[:, None, None, :], float("-inf"))
+    if group.padding is not None:
+        fill = scores.masked_fill if torch.is_grad_enabled() else scores.masked_fill_
+        scores = fill(group.padding, float("-inf"))
     return torch.softmax(scores, dim=-1)
+
+
+def _blank(like: Tensor, layout: Layout) -> Tensor:
+    """Room for every row; those of no sequence are zero, the others are about to be written."""
+    result = torch.empty_like(like, memory_format=torch.contiguous_format)
+    result[layout.num_tokens() :].zero_()
+    return result
 
 
 def _gather(tensor: Tensor, group: Group) -> Tensor:
     """[tokens, heads, head_dim] -> [sequences, heads, length, head_dim]."""
-    sequences, length = group.index.shape
     if group.start is not None:
-        rows = tensor.narrow(0, group.start, sequences * length)
+        rows = tensor.narrow(0, group.start, len(group.index))
     else:
-        rows = tensor.index_select(0, group.index.flatten())
-    return rows.unflatten(0, (sequences, length)).transpose(1, 2)
+        rows = tensor.index_select(0, group.index)
+    return rows.unflatten(0, (group.sequences, group.length)).transpose(1, 2)
 
 
 def _scatter(target: Tensor, group: Group, block: Tensor) -> None:
     """Write [sequences, heads, length, head_dim] back to the rows it came from."""
     rows = block.transpose(1, 2).flatten(0, 1)
     if group.start is not None:
-        target.narrow(0, group.start, rows.shape[0]).copy_(rows)
-    elif group.valid is None:
-        target.index_copy_(0, group.index.flatten(), rows)
-    else:
-        real = group.valid.flatten()
-        target.index_copy_(0, group.index.flatten()[real], rows[real])
+        target.narrow(0, group.start, len(group.index)).copy_(rows)
+        return
+    if group.padding is not None:
+        rows = rows.index_select(0, group.slots)
+    target.index_copy_(0, group.rows, rows)
 
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor, *, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy of softmax(hidden weight' + bias), and how many argmaxes are right."""
+    """Summed cross-entropy of softmax(hidden weight' + bias), and how many argmaxes are right.
+
+    `weight` and `bias` may be wider than `hidden`: products are in the dtype of `hidden`, their
+    gradients in their own.
+    """
     return _LinearCrossEntropy.apply(hidden, weight, labels, bias, ignore_index)
 
 
@@ -217,52 +225,48 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor, ignore_index: int
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
+        narrow = hidden.dtype
+        decoder, offset = weight.to(narrow), bias.to(narrow)
         ignored = labels == ignore_index
         hidden = hidden.masked_fill(ignored[:, None], 0.0)
-        targets = labels.masked_fill(ignored, 0)
+        targets = labels.masked_fill(ignored, 0)[:, None]
         wanted = any(ctx.needs_input_grad)
-        grad_hidden = torch.empty_like(hidden) if wanted else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if wanted else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if wanted else None
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        rows_at_once = max(1, LOGITS_AT_ONCE // weight.shape[0])
-        for first in range(0, len(labels), rows_at_once):
-            rows = slice(first, first + rows_at_once)
-            target, skip = targets[rows, None], ignored[rows]
-            logits = F.linear(hidden[rows], weight, bias).to(wide)
-            top = logits.amax(dim=-1, keepdim=True)
-            logits.sub_(top)
+        at_once = max(1, LOGITS_AT_ONCE // len(weight))
+        for first in range(0, len(labels), at_once):
+            rows = slice(first, first + at_once)
+            target, skip = targets[rows], ignored[rows, None]
+            logits = F.linear(hidden[rows], decoder, offset).to(wide)
+            logits -= logits.amax(dim=-1, keepdim=True)
             at_target = logits.gather(1, target)
-            exponentials = logits.exp_()
-            total = exponentials.sum(dim=-1, keepdim=True)
-            loss += (total.log() - at_target).masked_fill(skip[:, None], 0.0).sum()
-            correct += ((at_target == 0.0) & ~skip[:, None]).sum()
-            if not wanted:
-                continue
-            scores_grad = exponentials.div_(total)
-            scores_grad.scatter_add_(1, target, torch.full_like(at_target, -1.0))
-            scores_grad.masked_fill_(skip[:, None], 0.0)
-            grad_bias += scores_grad.sum(dim=0)
-            narrow = scores_grad.to(hidden.dtype)
-            grad_hidden[rows] = narrow @ weight
-            grad_weight += narrow.t() @ hidden[rows]
+            total = logits.exp_().sum(dim=-1, keepdim=True)
+            loss += (total.log() - at_target).masked_fill_(skip, 0.0).sum()
+            correct += ((at_target == 0.0) & ~skip).sum()
+            if wanted:
+                gradient = logits.div_(total)
+                gradient.scatter_add_(1, target, torch.full_like(at_target, -1.0))
+                gradient.masked_fill_(skip, 0.0)
+                grad_bias += gradient.sum(dim=0)
+                gradient = gradient.to(narrow)
+                grad_hidden[rows] = gradient @ decoder
+                grad_weight += gradient.t() @ hidden[rows]
         ctx.mark_non_differentiable(correct)
         if wanted:
             ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-            ctx.dtypes = (weight.dtype, bias.dtype)
         return loss, correct
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
-        weight_dtype, bias_dtype = ctx.dtypes
         scale = grads[0]
         return (
             grad_hidden * scale.to(grad_hidden.dtype),
-            (grad_weight * scale).to(weight_dtype),
+            grad_weight * scale.to(grad_weight.dtype),
             None,
-            (grad_bias * scale).to(bias_dtype),
+            grad_bias * scale.to(grad_bias.dtype),
             None,
         )

@@ -65,7 +65,7 @@ _SALTS = _mix(np.arange(1, _BANDS * _ROWS_A_BAND + 1, dtype=np.uint64))
 def _band_keys(shingles: np.ndarray) -> list[bytes]:
     if not len(shingles):
         return [b""] * _BANDS
-    minima = np.array([_mix(shingles ^ salt).min() for salt in _SALTS])
+    minima = _mix(shingles[:, None] ^ _SALTS).min(axis=0)
     return [row.tobytes() for row in minima.reshape(_BANDS, _ROWS_A_BAND)]
 
 

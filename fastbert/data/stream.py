@@ -1,0 +1,190 @@
+"""Pre-training batches without end: plan an epoch, shuffle, mask, pack under a token budget.
+
+1. An epoch cuts the corpus into samples and shuffles them: a function of (seed, epoch).
+2. A window of samples is written out and masked: a function of (seed, epoch, window).
+3. The window is packed by best fit and its batches are shuffled.
+4. A thread prepares batches ahead of the step.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastbert.data.objectives import Objective, build_examples, plan_samples
+from fastbert.data.tokenized import TokenizedCorpus
+from fastbert.errors import InputError
+from fastbert.packing import Capacity, Examples, PackedBatch, best_fit
+from fastbert.tokenizer import Tokenizer
+
+# batches a window holds; its last batch may be part empty, so many make that small
+BATCHES_A_WINDOW = 48
+# sizes that may vary come in steps, because a matrix library prepares code for every new shape
+SEQUENCE_STEP, MASKED_STEP = 8, 64
+_PLAN, _WINDOW = 1, 2
+
+
+@dataclass
+class Position:
+    """Where the stream stands: the next batch to come."""
+
+    epoch: int = 0
+    window: int = 0
+    batch: int = 0
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How text becomes batches."""
+
+    objective: Objective
+    # tokens a batch
+    token_budget: int
+    # tokens a sequence at most
+    max_seq_len: int
+    # share of tokens chosen for the masked-LM objective
+    mask_probability: float = 0.15
+    seed: int = 0
+    # one shape for all batches, as compiled steps and CUDA graphs want; else few slots are unused
+    fixed_shapes: bool = False
+
+    def __post_init__(self) -> None:
+        if self.token_budget < self.max_seq_len:
+            raise InputError(
+                f"--token-budget must be at least --max-seq-len ({self.max_seq_len}), "
+                f"got {self.token_budget}"
+            )
+        if self.max_seq_len < 8:
+            raise InputError(f"--max-seq-len must be at least 8, got {self.max_seq_len}")
+        if not 0.0 < self.mask_probability < 1.0:
+            raise InputError(f"--mask-probability must be in (0, 1), got {self.mask_probability}")
+
+
+class PretrainingStream:
+    """Batches of one corpus; `position` names the batch that comes next."""
+
+    def __init__(
+        self,
+        corpus: TokenizedCorpus,
+        tokenizer: Tokenizer,
+        config: StreamConfig,
+        position: Position | None = None,
+    ) -> None:
+        if corpus.tokens == 0:
+            raise InputError("no tokens to train on: the text is empty after tokenising")
+        self.corpus = corpus
+        self.tokenizer = tokenizer
+        self.config = config
+        self.position = position or Position()
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        while True:
+            yield from self.epoch_batches(self.position.epoch)
+            self.position = Position(epoch=self.position.epoch + 1)
+
+    def epoch_batches(self, epoch: int) -> Iterator[PackedBatch]:
+        """The rest of an epoch from `position` on."""
+        config = self.config
+        rng = np.random.default_rng([config.seed, epoch, _PLAN])
+        samples = plan_samples(self.corpus, config.objective, config.max_seq_len, rng)
+        samples = samples[rng.permutation(len(samples))]
+        edges = _window_edges(samples.lengths, config.token_budget * BATCHES_A_WINDOW)
+        for window in range(self.position.window, len(edges) - 1):
+            rng = np.random.default_rng([config.seed, epoch, _WINDOW, window])
+            examples = build_examples(
+                self.corpus,
+                samples[np.arange(edges[window], edges[window + 1])],
+                config.objective,
+                self.tokenizer,
+                config.mask_probability,
+                rng,
+            )
+            slots = self._most_sequences() if config.fixed_shapes else None
+            batches = best_fit(examples.lengths, config.token_budget, slots)
+            order = rng.permutation(len(batches))
+            for number in range(self.position.batch, len(batches)):
+                self.position = Position(epoch, window, number + 1)
+                chosen = np.sort(batches[order[number]])
+                yield examples.batch(chosen, self._capacity(examples, chosen))
+            self.position = Position(epoch, window + 1, 0)
+
+    def _most_sequences(self) -> int:
+        return max(self.config.token_budget // 16, 1)
+
+    def _capacity(self, examples: Examples, chosen: np.ndarray) -> Capacity:
+        """The stream is always as long as the budget; the rest is fixed, or a step of its size."""
+        budget = self.config.token_budget
+        if self.config.fixed_shapes:
+            sequences = self._most_sequences()
+            # each sequence masks at most one token over its share
+            masked = int(budget * self.config.mask_probability) + sequences
+            return Capacity(budget, sequences, masked)
+        return Capacity(
+            tokens=budget,
+            sequences=_rounded_up(len(chosen), SEQUENCE_STEP),
+            masked=_rounded_up(int(examples.num_masked[chosen].sum()), MASKED_STEP),
+        )
+
+
+def prefetch(stream: PretrainingStream, depth: int = 4) -> Iterator[tuple[PackedBatch, Position]]:
+    """Batches prepared by a thread, each with the position after it, for a resume.
+
+    The thread ends when the iterator is closed.
+    """
+    ready: queue.Queue[tuple[PackedBatch, Position] | BaseException] = queue.Queue(depth)
+    closed = threading.Event()
+
+    def produce() -> None:
+        try:
+            for batch in stream:
+                _put(ready, (batch, stream.position), closed)
+                if closed.is_set():
+                    return
+        except BaseException as error:
+            _put(ready, error, closed)
+
+    threading.Thread(target=produce, daemon=True, name="batches").start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        closed.set()
+
+
+def heldout_batches(
+    corpus: TokenizedCorpus, tokenizer: Tokenizer, config: StreamConfig
+) -> list[PackedBatch]:
+    """One pass over held-out text with the same masks and pairs every time it is called."""
+    return list(PretrainingStream(corpus, tokenizer, config).epoch_batches(0))
+
+
+def _put(
+    ready: queue.Queue[tuple[PackedBatch, Position] | BaseException],
+    item: tuple[PackedBatch, Position] | BaseException,
+    closed: threading.Event,
+) -> None:
+    while not closed.is_set():
+        try:
+            ready.put(item, timeout=0.1)
+            return
+        except queue.Full:
+            continue
+
+
+def _window_edges(lengths: np.ndarray, tokens: int) -> list[int]:
+    """Cut the shuffled samples where each further `tokens` are reached."""
+    total = np.cumsum(lengths)
+    windows = max(1, round(int(total[-1]) / tokens))
+    marks = np.arange(1, windows) * (total[-1] / windows)
+    return [0, *np.searchsorted(total, marks).tolist(), len(lengths)]
+
+
+def _rounded_up(count: int, step: int) -> int:
+    return -(-count // step) * step

@@ -1,0 +1,224 @@
+"""The training loop: exact losses over micro-batches, one update, meter, checkpoints, a clean stop.
+
+1. Take the micro-batches of one optimiser step; their target counts are known on the host.
+2. Forward and backward each, every objective divided by the step's targets.
+3. Clip, set the learning rate from the progress, update.
+4. Now and then: show the meter, evaluate, write a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.data.stream import Position
+from fastbert.errors import InputError
+from fastbert.kernels.ops import Rng
+from fastbert.models import Targets
+from fastbert.packing import PackedBatch
+from fastbert.training.meter import Meter
+from fastbert.training.optimizer import Optimizers
+from fastbert.training.schedule import Budget, learning_rate_factor
+from fastbert.training.state import TrainState, save_checkpoint
+
+DTYPES = ("auto", "fp32", "bf16")
+
+
+@dataclass
+class LoopConfig:
+    """How a model is trained, whatever the task."""
+
+    budget: Budget
+    schedule: str = "linear"
+    # share of the run over which the learning rate rises
+    warmup: float = 0.06
+    # micro-batches an optimiser step
+    accumulation: int = 1
+    # gradient norm above which gradients are scaled down; 0 for never
+    clip_norm: float = 1.0
+    # dropout as the model's configuration has it
+    dropout: bool = True
+    seed: int = 0
+    dtype: str = "auto"
+    evaluate_minutes: float = 5.0
+    checkpoint_minutes: float = 5.0
+
+
+@dataclass
+class StepResult:
+    """What one optimiser step reports; sums stay on the device until somebody reads them."""
+
+    tokens: int
+    targets: Targets
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, name: str, value: Tensor | None) -> None:
+        """Add a sum over targets."""
+        if value is not None:
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+
+class Interruption:
+    """Notes Ctrl-C and SIGTERM, so that the loop ends after the step in hand."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> Interruption:
+        self._previous: dict[int, Any] = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # handlers can be set in the main thread alone
+            with contextlib.suppress(ValueError):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What --dtype means on a device; "auto" is bf16 where the hardware multiplies it.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if name not in DTYPES:
+        raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    if name == "auto":
+        return torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether matrix products in bf16 run on units made for them."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Mixed precision for bf16, nothing for fp32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def accumulate(
+    model: nn.Module,
+    micro_batches: list[PackedBatch],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    rng: Rng | None = None,
+) -> StepResult:
+    """Gradients of one optimiser step: k micro-batches give what one batch of them all would.
+
+    Args:
+        model: of `fastbert.models`, with a head.
+        micro_batches: on the host.
+        device: where the model is.
+        dtype: of matrix products.
+        rng: names the step's dropout draws; None for no dropout.
+    """
+    targets = Targets.of(*micro_batches)
+    result = StepResult(sum(b.num_tokens for b in micro_batches), targets)
+    for number, batch in enumerate(micro_batches):
+        on_device = batch.to(device, non_blocking=True) if device.type != "cpu" else batch
+        own = Rng(rng.seed, rng.step, number) if rng else None
+        with autocast(device, dtype):
+            output = model(on_device, rng=own, targets=targets)
+        output.loss.backward()
+        result.add("masked_lm_loss", output.masked_lm_loss_sum)
+        result.add("masked_lm_correct", output.masked_lm_correct)
+        result.add("sequence_loss", output.sequence_loss_sum)
+        result.add("sequence_correct", output.sequence_correct)
+    return result
+
+
+def train(
+    model: nn.Module,
+    optimizers: Optimizers,
+    batches: Iterator[tuple[PackedBatch, Position]],
+    config: LoopConfig,
+    state: TrainState,
+    meter: Meter,
+    folder: Path,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+) -> bool:
+    """Train until the budget is spent or somebody interrupts.
+
+    Args:
+        model: of `fastbert.models`, with a head.
+        optimizers: cover the model.
+        batches: micro-batches, each with the position after it; the run ends where they do.
+        config: how to train.
+        state: is brought up to date in place; resumes where it says.
+        meter: told of every step.
+        folder: of the run; checkpoints go there.
+        evaluate: called now and then; its figures go to the meter.
+
+    Returns:
+        Whether the run was finished, not interrupted; an interrupted one has been saved.
+
+    Raises:
+        InputError: the loss is not finite, or a checkpoint cannot be written.
+    """
+    device = next(model.parameters()).device
+    dtype = compute_dtype(config.dtype, device)
+    started = time.monotonic() - state.seconds
+    evaluated = saved = state.seconds
+    with Interruption() as interruption:
+        while (progress := config.budget.progress(state.step, state.seconds)) < 1.0:
+            window = list(islice(batches, config.accumulation))
+            if not window:
+                break
+            rng = Rng(config.seed, state.step) if config.dropout else None
+            micro_batches = [batch for batch, _ in window]
+            result = accumulate(model, micro_batches, device=device, dtype=dtype, rng=rng)
+            if config.clip_norm:
+                nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+            optimizers.step(learning_rate_factor(config.schedule, progress, config.warmup))
+            state.step += 1
+            state.tokens += result.tokens
+            state.position = window[-1][1]
+            state.seconds = time.monotonic() - started
+            meter.step(state, result, optimizers.learning_rate(), config.budget)
+            _refuse_non_finite(meter.last_loss, state)
+            if interruption.requested:
+                save_checkpoint(folder, state, model, optimizers)
+                return False
+            if evaluate and state.seconds - evaluated >= 60.0 * config.evaluate_minutes:
+                meter.evaluation(state, evaluate())
+                evaluated = state.seconds = time.monotonic() - started
+            if state.seconds - saved >= 60.0 * config.checkpoint_minutes:
+                save_checkpoint(folder, state, model, optimizers)
+                saved = state.seconds = time.monotonic() - started
+    return True
+
+
+def _refuse_non_finite(loss: float, state: TrainState) -> None:
+    if not math.isfinite(loss):
+        raise InputError(
+            f"step {state.step}: the loss is {loss}; lower --learning-rate or raise --warmup. "
+            "Checkpoints written before are untouched"
+        )

@@ -1,0 +1,160 @@
+"""What a run shows while it goes: a progress bar or log lines, metrics.jsonl, curves.png."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from fastbert.files import writing_failed
+from fastbert.training.schedule import Budget
+from fastbert.training.state import TrainState
+
+if TYPE_CHECKING:
+    from fastbert.training.loop import StepResult
+
+METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
+# between two records; a plain log gets a line less often than the file
+RECORD_SECONDS, LINE_SECONDS = 2.0, 15.0
+
+
+class Meter:
+    """Gathers steps into records, and shows them.
+
+    Args:
+        folder: where metrics.jsonl goes; a resumed run appends.
+        label: in front of the bar or line.
+        stream: where to show; a bar on a terminal, plain lines elsewhere.
+
+    Attributes:
+        last_loss: mean loss of the last record.
+    """
+
+    def __init__(self, folder: Path, label: str, stream: IO[str] | None = None) -> None:
+        self.folder, self.label = folder, label
+        self.stream = stream or sys.stderr
+        self.last_loss = 0.0
+        self._results: list[StepResult] = []
+        self._recorded = self._shown = time.monotonic()
+        self._bar: Any = None
+
+    def step(
+        self, state: TrainState, result: StepResult, learning_rate: float, budget: Budget
+    ) -> None:
+        """Take one optimiser step into account; shows and records now and then."""
+        self._results.append(result)
+        now = time.monotonic()
+        done = budget.progress(state.step, state.seconds) >= 1.0
+        if now - self._recorded < RECORD_SECONDS and not done and state.step > 1:
+            return
+        record = self._record(state, learning_rate, now - self._recorded)
+        self._recorded = now
+        self._write(record)
+        self._show(record, state, budget, now, done)
+
+    def evaluation(self, state: TrainState, figures: dict[str, float]) -> None:
+        """Record and show an evaluation."""
+        self._write({"step": state.step, "seconds": round(state.seconds, 2), "eval": figures})
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        self.say(f"{self.label}: step {state.step}: {shown}")
+        # the time an evaluation takes is not the steps'
+        self._recorded = time.monotonic()
+
+    def say(self, line: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        if self._bar is None:
+            print(line, file=self.stream, flush=True)
+        else:
+            tqdm.write(line, file=self.stream)
+
+    def close(self) -> None:
+        """End the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _record(self, state: TrainState, learning_rate: float, seconds: float) -> dict[str, Any]:
+        results, self._results = self._results, []
+        masked = sum(r.targets.masked for r in results)
+        labelled = sum(r.targets.labelled for r in results)
+        record: dict[str, Any] = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "seconds": round(state.seconds, 2),
+            "learning_rate": learning_rate,
+            "tokens_per_s": round(sum(r.tokens for r in results) / max(seconds, 1e-9), 1),
+        }
+        self.last_loss = 0.0
+        for name, shown, count in (
+            ("masked_lm_loss", "masked_lm_loss", masked),
+            ("masked_lm_correct", "masked_lm_accuracy", masked),
+            ("sequence_loss", "sequence_loss", labelled),
+            ("sequence_correct", "sequence_accuracy", labelled),
+        ):
+            sums = [float(r.sums[name]) for r in results if name in r.sums]
+            if sums and count:
+                record[shown] = sum(sums) / count
+                self.last_loss += record[shown] if shown.endswith("loss") else 0.0
+        return record
+
+    def _write(self, record: dict[str, Any]) -> None:
+        path = self.folder / METRICS_FILE
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise writing_failed(path, error) from error
+
+    def _show(
+        self, record: dict[str, Any], state: TrainState, budget: Budget, now: float, done: bool
+    ) -> None:
+        progress = budget.progress(state.step, state.seconds)
+        left = state.seconds * (1.0 - progress) / max(progress, 1e-9)
+        figures = _figures(record)
+        if self.stream.isatty():
+            if self._bar is None:
+                self._bar = tqdm(
+                    total=100,
+                    file=self.stream,
+                    desc=self.label,
+                    bar_format="{desc} {percentage:3.0f}%|{bar:20}| {postfix}",
+                )
+            self._bar.n = round(100 * progress)
+            self._bar.set_postfix_str(f"{figures}, {_clock(left)} left")
+        elif now - self._shown >= LINE_SECONDS or state.step == 1 or done:
+            self._shown = now
+            self.say(
+                f"{self.label} {100 * progress:3.0f}%  step {state.step}  {figures}"
+                f"  {_clock(left)} left"
+            )
+
+
+def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """All records of a run."""
+    with open(Path(folder) / METRICS_FILE, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _figures(record: dict[str, Any]) -> str:
+    parts = []
+    for name, label, form in (
+        ("masked_lm_loss", "mlm loss", "{:.3f}"),
+        ("masked_lm_accuracy", "masked acc", "{:.1%}"),
+        ("sequence_loss", "seq loss", "{:.3f}"),
+        ("sequence_accuracy", "seq acc", "{:.1%}"),
+        ("tokens_per_s", "real tok/s", "{:,.0f}"),
+    ):
+        if name in record:
+            parts.append(f"{label} {form.format(record[name])}")
+    return "  ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,89 @@
+"""Learning-rate schedules and budgets: pure functions of how much of a run is done."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fastbert.errors import InputError
+
+# share of the run over which warmup-stable-decay falls (Hu et al. 2024, arXiv:2404.06395)
+DECAY_SHARE = 0.4
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When a run ends: after so many steps or so many minutes, whichever comes first.
+
+    Attributes:
+        max_steps: optimiser steps.
+        max_minutes: on the run's own clock, which a resumed run continues.
+    """
+
+    max_steps: int | None = None
+    max_minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_steps is None and self.max_minutes is None:
+            raise InputError("a run needs an end: give --max-steps or --max-minutes")
+        for flag, value in (("--max-steps", self.max_steps), ("--max-minutes", self.max_minutes)):
+            if value is not None and not value > 0:
+                raise InputError(f"{flag} must be more than 0, got {value}")
+
+    def progress(self, step: int, seconds: float) -> float:
+        """Share of the run that is done, 0 to 1."""
+        shares = [0.0]
+        if self.max_steps is not None:
+            shares.append(step / self.max_steps)
+        if self.max_minutes is not None:
+            shares.append(seconds / (60.0 * self.max_minutes))
+        return min(max(shares), 1.0)
+
+
+def constant(progress: float, warmup: float) -> float:
+    """Up over `warmup`, then 1."""
+    return _warm(progress, warmup)
+
+
+def linear(progress: float, warmup: float) -> float:
+    """Up over `warmup`, then straight down to 0 (Devlin et al. 2018)."""
+    return min(_warm(progress, warmup), _rest(progress, warmup))
+
+
+def cosine(progress: float, warmup: float) -> float:
+    """Up over `warmup`, then half a cosine down to 0 (Loshchilov and Hutter 2016)."""
+    if progress < warmup:
+        return _warm(progress, warmup)
+    return 0.5 * (1.0 + math.cos(math.pi * (1.0 - _rest(progress, warmup))))
+
+
+def warmup_stable_decay(progress: float, warmup: float) -> float:
+    """Up over `warmup`, flat, then straight down to 0 over the last 40 % of the run."""
+    return min(_warm(progress, warmup), (1.0 - progress) / DECAY_SHARE, 1.0)
+
+
+SCHEDULES = {
+    "constant": constant,
+    "linear": linear,
+    "cosine": cosine,
+    "wsd": warmup_stable_decay,
+}
+
+
+def learning_rate_factor(schedule: str, progress: float, warmup: float) -> float:
+    """What the peak learning rate is multiplied by.
+
+    Args:
+        schedule: a name in SCHEDULES.
+        progress: share of the run that is done, 0 to 1; of steps, or of time.
+        warmup: share of the run over which the rate rises from 0.
+    """
+    return SCHEDULES[schedule](progress, warmup)
+
+
+def _warm(progress: float, warmup: float) -> float:
+    return min(progress / warmup, 1.0) if warmup > 0.0 else 1.0
+
+
+def _rest(progress: float, warmup: float) -> float:
+    return (1.0 - progress) / (1.0 - warmup)

@@ -1,0 +1,175 @@
+"""Everything a resume needs, on disk: whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastbert.data.stream import Position
+from fastbert.errors import InputError
+from fastbert.files import atomic_write, writing_failed
+from fastbert.training.optimizer import Optimizers
+
+RUN_FILE = "run.json"
+CHECKPOINTS = "checkpoints"
+_STATE, _MODEL, _OPTIMIZER = "state.json", "model.safetensors", "optimizer.safetensors"
+
+
+@dataclass
+class TrainState:
+    """How far a run has come; weights and moments lie beside it.
+
+    Attributes:
+        step: optimiser steps done.
+        tokens: real tokens seen.
+        seconds: on the run's clock.
+        position: the batch that comes next.
+        best: the best evaluation so far, for runs that keep it.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    position: Position = field(default_factory=Position)
+    best: dict[str, Any] = field(default_factory=dict)
+
+
+def open_run(out: str | os.PathLike[str], settings: dict[str, Any], *, resume: bool) -> Path:
+    """Claim an output folder for a run, or open the run that is there.
+
+    Args:
+        out: the folder; made where it does not exist.
+        settings: of the run, written to `run.json`; a resumed run must have been started with the
+            same.
+        resume: go on with the run in `out`.
+
+    Raises:
+        InputError: the folder holds another run or other files, or there is nothing to resume.
+    """
+    folder = Path(out)
+    run_file = folder / RUN_FILE
+    if resume:
+        return _reopen(folder, settings)
+    if folder.is_file():
+        raise InputError(f"--out {out}: is a file, expected a folder")
+    if run_file.exists():
+        raise InputError(
+            f"--out {out}: holds a run already ({RUN_FILE}); --resume goes on with it, "
+            "or name another folder"
+        )
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"--out {out}: is not empty; name a new folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise writing_failed(folder, error) from error
+    with atomic_write(run_file) as file:
+        json.dump(settings, file, indent=2)
+        file.write("\n")
+    return folder
+
+
+def save_checkpoint(
+    folder: Path, state: TrainState, model: nn.Module, optimizers: Optimizers
+) -> None:
+    """Write `checkpoints/step-N`; the one before it is removed once this one is complete.
+
+    Raises:
+        InputError: it could not be written; earlier checkpoints are untouched.
+    """
+    target = folder / CHECKPOINTS / f"step-{state.step:08d}"
+    if target.exists():
+        return
+    partial = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial / _MODEL)
+        save_file(
+            {k: v.contiguous() for k, v in optimizers.state_tensors().items()},
+            partial / _OPTIMIZER,
+        )
+        for name in (_MODEL, _OPTIMIZER):
+            with open(partial / name, "rb+") as file:
+                os.fsync(file.fileno())
+        with atomic_write(partial / _STATE) as file:
+            json.dump(dataclasses.asdict(state), file, indent=2)
+        os.rename(partial, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise writing_failed(target, _as_os_error(error)) from error
+    for older in _checkpoints(folder)[:-1]:
+        shutil.rmtree(older, ignore_errors=True)
+
+
+def load_checkpoint(folder: Path, model: nn.Module, optimizers: Optimizers) -> TrainState:
+    """Restore the newest checkpoint in place.
+
+    Returns:
+        The run's state; a fresh one where the run stopped before its first checkpoint.
+
+    Raises:
+        InputError: the checkpoint is damaged.
+    """
+    found = _checkpoints(folder)
+    if not found:
+        return TrainState()
+    newest = found[-1]
+    try:
+        raw = json.loads((newest / _STATE).read_text(encoding="utf-8"))
+        model.load_state_dict(load_file(newest / _MODEL))
+        optimizers.load_state_tensors(load_file(newest / _OPTIMIZER))
+        return TrainState(**{**raw, "position": Position(**raw["position"])})
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{newest}: damaged checkpoint: {reason}") from None
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Drop the checkpoints of a finished run."""
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def _reopen(folder: Path, settings: dict[str, Any]) -> Path:
+    run_file = folder / RUN_FILE
+    try:
+        before = json.loads(run_file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"--resume: {folder} holds no run ({RUN_FILE} is missing)") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{run_file}: unreadable: {error}") from None
+    changed = sorted(
+        name for name in settings if before.get(name) != json.loads(json.dumps(settings[name]))
+    )
+    if changed:
+        name = changed[0]
+        raise InputError(
+            f"--resume: {folder} was started with other settings: {name} was "
+            f"{before.get(name)!r}, now {settings[name]!r}"
+        )
+    return folder
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    parent = folder / CHECKPOINTS
+    if not parent.is_dir():
+        return []
+    return sorted(path for path in parent.iterdir() if re.fullmatch(r"step-\d+", path.name))
+
+
+def _as_os_error(error: Exception) -> OSError:
+    # safetensors wraps the operating system's error in its own text
+    if isinstance(error, OSError):
+        return error
+    full = "No space left" in str(error)
+    return OSError(28 if full else 5, str(error))
