@@ -247,8 +247,10 @@ class _FeedForward(torch.autograd.Function):
 def _first_half(
     x: Tensor, w1: Tensor, b1: Tensor | None, activation: str, gated: bool, *, wants_pre: bool
 ) -> tuple[Tensor, Tensor]:
-    fused = None if gated or b1 is None else launch.measured("linear_activation", x, w1.shape[0])
-    if fused is not None:
+    # compiled code leaves the product to the compiler, which tunes its own
+    if not (gated or b1 is None or torch.compiler.is_compiling()) and launch.measured(
+        "linear_activation", x, w1.shape[0]
+    ):
         return linear_activation(x, w1, b1, activation, wants_pre)  # type: ignore[no-any-return]
     pre = F.linear(x, w1)
     return pre, bias_activation_fwd(pre, b1, activation, gated)
@@ -267,5 +269,5 @@ def _refuse_second_derivative(operator: str) -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             f"{operator}: Triton kernels have no second derivative (create_graph=True): "
-            "run the forward pass under fastbert.kernels.launch.use_backend('reference')"
+            "run the forward pass under fastbert.kernels.ops.use_backend('reference')"
         )

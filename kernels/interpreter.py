@@ -9,24 +9,22 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 _ARITHMETIC = ("create_fadd", "create_fsub", "create_fmul", "create_fdiv", "create_fma")
 
 
-def round_to_bf16(values: np.ndarray) -> np.ndarray:
-    """fp32 to bf16 bit patterns (uint16), to nearest, ties to even."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    # rounding would carry a NaN's payload into the exponent
-    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+def round_to_bf16(values: Any) -> Any:
+    """An fp32 array to bf16 bit patterns (uint16), to nearest, ties to even."""
+    rounded = torch.tensor(values, dtype=torch.float32).to(torch.bfloat16)
+    return rounded.view(torch.int16).numpy().view("uint16")
 
 
-def widen_bf16(patterns: np.ndarray) -> np.ndarray:
-    """bf16 bit patterns (uint16) to fp32."""
-    return (patterns.astype(np.uint32) << 16).view(np.float32)
+def widen_bf16(patterns: Any) -> Any:
+    """bf16 bit patterns (uint16) to an fp32 array."""
+    return (patterns.astype("uint32") << 16).view("float32")
 
 
 def repair() -> None:

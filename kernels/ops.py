@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastbert.kernels import launch, reference
-from fastbert.kernels.launch import use_backend
+from fastbert.kernels.launch import describe, use_backend
 from fastbert.kernels.layout import Layout
 from fastbert.kernels.philox import Rng, check_rows
 
@@ -23,6 +23,7 @@ __all__ = [
     "NormedSum",
     "Rng",
     "attention",
+    "describe",
     "dropout",
     "embedding",
     "feed_forward",
@@ -201,8 +202,7 @@ def _layer_norm(
 ) -> tuple[Tensor, Tensor]:
     _check_dropout(operator, dropout_p, rng)
     hidden_size = weight.shape[0]
-    if x.dim() != 2 or x.shape[1] != hidden_size:
-        raise ValueError(f"{operator}: x must be [rows, {hidden_size}], got {list(x.shape)}")
+    _check_rows_of(operator, x, hidden_size)
     for name, tensor, shape in (
         ("bias", bias, weight.shape),
         ("x_bias", x_bias, weight.shape),
@@ -262,8 +262,8 @@ def feed_forward(
     """
     _check_activation("feed_forward", activation)
     intermediate_size, hidden_size = w1.shape
+    _check_rows_of("feed_forward", x, hidden_size)
     for name, tensor, shape in (
-        ("x", x, (x.shape[0], hidden_size)),
         ("b1", b1, (intermediate_size,)),
         ("w2", w2, (hidden_size, intermediate_size)),
         ("b2", b2, (hidden_size,)),
@@ -316,8 +316,8 @@ def gated_feed_forward(
     """
     _check_activation("gated_feed_forward", activation)
     hidden_size, intermediate_size = w2.shape
+    _check_rows_of("gated_feed_forward", x, hidden_size)
     for name, tensor, shape in (
-        ("x", x, (x.shape[0], hidden_size)),
         ("w1", w1, (2 * intermediate_size, hidden_size)),
         ("b1", b1, (2 * intermediate_size,)),
         ("b2", b2, (hidden_size,)),
@@ -456,6 +456,11 @@ def _check_dropout(operator: str, dropout_p: float, rng: Rng | None) -> None:
         raise ValueError(f"{operator}: dropout_p must be in [0, 1), got {dropout_p}")
     if dropout_p > 0.0 and rng is None:
         raise ValueError(f"{operator}: dropout_p {dropout_p} needs an rng")
+
+
+def _check_rows_of(operator: str, x: Tensor, width: int) -> None:
+    if x.dim() != 2 or x.shape[1] != width:
+        raise ValueError(f"{operator}: x must be [rows, {width}], got {list(x.shape)}")
 
 
 def _check_activation(operator: str, activation: str) -> None:
