@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -12,25 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastbert.config import EncoderConfig
 from fastbert.data.corpus import read_documents
 from fastbert.data.objectives import Objective
-from fastbert.data.stream import PretrainingStream, StreamConfig, heldout_batches, prefetch
+from fastbert.data.stream import PretrainingStream, StreamConfig, prefetch
 from fastbert.data.tokenized import TokenizedCorpus
-from fastbert.errors import InputError
 from fastbert.files import atomic_write
-from fastbert.models import BertForPreTraining
+from fastbert.errors import InputError
+from fastbert.models import BertForMaskedLM, BertForPreTraining
 from fastbert.tokenizer import Tokenizer
 from fastbert.training.curves import draw_curves
 from fastbert.training.evaluation import (
     evaluate_pretraining,
+    heldout,
     unigram_log_probabilities,
     unigram_loss,
 )
-from fastbert.training.loop import LoopConfig, compute_dtype, train
+from fastbert.training.loop import LoopConfig, compute_dtype, default_device, train
 from fastbert.training.meter import Meter
-from fastbert.training.optimizer import Optimizers
+from fastbert.training.optimizer import OPTIMIZERS, Optimizers
 from fastbert.training.schedule import Budget
 from fastbert.training.state import (
     TrainState,
@@ -41,10 +42,9 @@ from fastbert.training.state import (
     save_checkpoint,
 )
 
-MODEL_FOLDER, REPORT_FILE, PRETRAINING_FILE = "model", "report.json", "pretraining.json"
+MODEL_FOLDER, REPORT_FILE = "model", "report.json"
 # held-out text past this many tokens makes the scores no better, only later
 MOST_HELDOUT_TOKENS = 150_000
-_HELDOUT_SEED = 20_180_411
 
 
 @dataclass
@@ -87,6 +87,17 @@ class PretrainConfig:
     evaluate_minutes: float = field(default=5.0, metadata={"help": "between held-out scores"})
     checkpoint_minutes: float = field(default=5.0, metadata={"help": "between checkpoints"})
 
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            names = ", ".join(OPTIMIZERS)
+            raise InputError(f"--optimizer must be one of {names}, got {self.optimizer!r}")
+        for name in ("learning_rate", "muon_learning_rate", "checkpoint_minutes"):
+            if not getattr(self, name) > 0:
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{flag} must be more than 0, got {getattr(self, name)}")
+        if not 0.0 < self.heldout < 1.0:
+            raise InputError(f"--heldout must be in (0, 1), got {self.heldout}")
+
     def loop(self) -> LoopConfig:
         """The part that any task's loop needs."""
         return LoopConfig(
@@ -121,11 +132,6 @@ class PretrainConfig:
             hidden_dropout_prob=self.dropout,
             attention_probs_dropout_prob=self.dropout,
         )
-
-
-def default_device() -> torch.device:
-    """The first GPU, or else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pretrain(
@@ -168,15 +174,21 @@ def pretrain(
     documents = read_documents(sources, doc_sep=doc_sep, say=say)
     corpus = TokenizedCorpus.build((d.text for d in documents), tokenizer)
     fraction = min(config.heldout, MOST_HELDOUT_TOKENS / corpus.tokens)
+    if corpus.documents * fraction >= 1.0:
+        # a random next sentence comes from another document
+        fraction = max(fraction, 2 / corpus.documents)
     train_corpus, heldout_corpus = corpus.split(fraction, config.seed)
     say(
         f"{corpus.documents:,} documents, {corpus.tokens:,} tokens; "
         f"{heldout_corpus.tokens:,} of them held out"
     )
     folder = claim_run(config.out, settings, resume=resume)
-    return pretrain_corpus(
+    report = pretrain_corpus(
         train_corpus, heldout_corpus, tokenizer, config, folder, resume=resume, say=say
     )
+    if report:
+        write_report(folder, report)
+    return report
 
 
 def pretrain_corpus(
@@ -203,14 +215,14 @@ def pretrain_corpus(
     loop, stream_config = config.loop(), config.stream(device)
     dtype = compute_dtype(config.dtype, device)
     log_probabilities = unigram_log_probabilities(train_corpus, tokenizer.vocab_size)
-    model = BertForPreTraining.from_config(config.encoder(tokenizer.vocab_size), config.seed)
+    architecture = BertForPreTraining if stream_config.objective.pair else BertForMaskedLM
+    model = architecture.from_config(config.encoder(tokenizer.vocab_size), config.seed)
     # a decoder that starts at the unigram need not spend its first steps on finding it
     model.masked_lm.bias.data.copy_(torch.from_numpy(log_probabilities))
     model.to(device)
     optimizers = _optimizers(model, config)
     state = load_checkpoint(folder, model, optimizers) if resume else TrainState()
-    heldout_config = dataclasses.replace(stream_config, seed=_HELDOUT_SEED, mask_probability=0.15)
-    heldout = heldout_batches(heldout_corpus, tokenizer, heldout_config)
+    scored = heldout(heldout_corpus, tokenizer, stream_config.objective, config.max_seq_len)
     stream = PretrainingStream(train_corpus, tokenizer, stream_config, state.position)
     meter = Meter(folder, "pretrain")
     say(
@@ -218,7 +230,7 @@ def pretrain_corpus(
         f"on {device.type} in {str(dtype).removeprefix('torch.')}, {stream_config.objective}, "
         f"{config.token_budget * config.accumulation:,} tokens a step"
     )
-    began, tokens_before, seconds_before = time.monotonic(), state.tokens, state.seconds
+    before = state.tokens, state.seconds
     with closing(prefetch(stream)) as batches:
         finished = train(
             model,
@@ -228,17 +240,19 @@ def pretrain_corpus(
             state,
             meter,
             folder,
-            evaluate=lambda: evaluate_pretraining(model, heldout, dtype),
+            evaluate=lambda: evaluate_pretraining(model, scored, dtype),
         )
     meter.close()
     if not finished:
         say(f"interrupted at step {state.step}; saved. To go on: the same command with --resume")
         return {}
     save_checkpoint(folder, state, model, optimizers)
-    figures = evaluate_pretraining(model, heldout, dtype)
+    figures = evaluate_pretraining(model, scored, dtype)
     meter.evaluation(state, figures)
-    unigram = unigram_loss(heldout, log_probabilities)
-    save_model(model, tokenizer, config, folder / MODEL_FOLDER)
+    unigram = unigram_loss(scored, log_probabilities)
+    model.save_pretrained(folder / MODEL_FOLDER)
+    tokenizer.save_pretrained(folder / MODEL_FOLDER, model_max_length=config.max_seq_len)
+    stream_config.objective.save(folder / MODEL_FOLDER, config.max_seq_len)
     report = {
         **{f"{name}_heldout": value for name, value in figures.items()},
         "unigram_loss_heldout": unigram,
@@ -246,16 +260,12 @@ def pretrain_corpus(
         "tokens": state.tokens,
         "seconds": round(state.seconds, 1),
         "real_tokens_per_s": round(
-            (state.tokens - tokens_before) / max(state.seconds - seconds_before, 1e-9), 1
+            (state.tokens - before[0]) / max(state.seconds - before[1], 1e-9), 1
         ),
         "packing_efficiency": round(
             state.tokens / (state.step * config.token_budget * config.accumulation), 4
         ),
-        "wall_seconds": round(time.monotonic() - began, 1),
     }
-    with atomic_write(folder / REPORT_FILE) as file:
-        json.dump(report, file, indent=2)
-        file.write("\n")
     title = f"fastbert {config.size}, {stream_config.objective}: {state.tokens:,} tokens"
     picture = draw_curves(folder, title, baseline=unigram)
     say(_summary(report, folder, picture))
@@ -263,30 +273,14 @@ def pretrain_corpus(
     return report
 
 
-def save_model(
-    model: BertForPreTraining, tokenizer: Tokenizer, config: PretrainConfig, folder: Path
-) -> None:
-    """Write model and tokenizer, and by which objective the model was trained."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder, model_max_length=config.max_seq_len)
-    with atomic_write(folder / PRETRAINING_FILE) as file:
-        json.dump({"objective": config.objective, "max_seq_len": config.max_seq_len}, file)
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write `report.json`."""
+    with atomic_write(folder / REPORT_FILE) as file:
+        json.dump(report, file, indent=2)
         file.write("\n")
 
 
-def read_objective(folder: str) -> tuple[Objective, int | None]:
-    """The objective a model folder was trained by, and its sequence length where it says."""
-    path = Path(folder) / PRETRAINING_FILE
-    if not path.is_file():
-        return Objective(), None
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        return Objective.parse(raw["objective"]), int(raw["max_seq_len"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: unreadable: {error}") from None
-
-
-def _optimizers(model: BertForPreTraining, config: PretrainConfig) -> Optimizers:
+def _optimizers(model: nn.Module, config: PretrainConfig) -> Optimizers:
     return Optimizers(
         model,
         config.optimizer,
