@@ -23,6 +23,18 @@ from fastbert.packing import IGNORE_INDEX, PackedBatch, pack, unpack
 M = TypeVar("M", bound="Model")
 
 
+def resolve_model(path: str | os.PathLike[str]) -> Path:
+    """The model folder of a run, or `path` itself where it is one.
+
+    Raises:
+        InputError: neither.
+    """
+    for folder in (Path(path) / "model", Path(path)):
+        if (folder / "config.json").is_file():
+            return folder
+    raise InputError(f"{path}: no model here: config.json is in neither it nor its model folder")
+
+
 class Output:
     """Readable by attribute, key and position; absent values are skipped by position."""
 

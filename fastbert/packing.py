@@ -65,7 +65,7 @@ class PackedBatch:
     @cached_property
     def first_tokens(self) -> Tensor:
         """[sequences] int64, the row of each sequence's first token."""
-        return self.cu_seqlens[:-1].long().clamp_(max=self.capacity - 1)
+        return self.cu_seqlens[:-1].long().clamp(max=self.capacity - 1)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """The same batch with its tensors on `device`."""

@@ -25,24 +25,26 @@ Draw = tuple[Tensor | None, Tensor | None, Tensor | None, int, int, float]
 NO_DRAW: Draw = (None, None, None, 0, 0, 0.0)
 
 
-def _registered(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """The launcher in eager code, its torch.library operator in compiled code."""
-    operator = torch.library.custom_op(f"fastbert::{launcher.__name__}", launcher, mutates_args=())
+class Registered:
+    """A launcher: itself in eager code, its torch.library operator in compiled code."""
 
-    def call(*arguments: Any) -> Any:
+    def __init__(self, launcher: Callable[..., Any]) -> None:
+        self.launcher = launcher
+        self.operator = torch.library.custom_op(
+            f"fastbert::{launcher.__name__}", launcher, mutates_args=()
+        )
+
+    def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling():
-            return operator(*arguments)
-        return launcher(*arguments)
-
-    call.operator = operator  # type: ignore[attr-defined]
-    return call
+            return self.operator(*arguments)
+        return self.launcher(*arguments)
 
 
-layer_norm_fwd = _registered(layer_norm.layer_norm_fwd)
-layer_norm_bwd = _registered(layer_norm.layer_norm_bwd)
-bias_activation_fwd = _registered(feed_forward.bias_activation_fwd)
-bias_activation_bwd = _registered(feed_forward.bias_activation_bwd)
-linear_activation = _registered(feed_forward.linear_activation)
+layer_norm_fwd = Registered(layer_norm.layer_norm_fwd)
+layer_norm_bwd = Registered(layer_norm.layer_norm_bwd)
+bias_activation_fwd = Registered(feed_forward.bias_activation_fwd)
+bias_activation_bwd = Registered(feed_forward.bias_activation_bwd)
+linear_activation = Registered(feed_forward.linear_activation)
 
 
 @layer_norm_fwd.operator.register_fake

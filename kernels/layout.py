@@ -22,7 +22,7 @@ class Group:
         sequences, length: the block's shape.
         index: [sequences * length] int64, the token row of each slot; padding slots repeat the
             sequence's own first row, so that a neighbour's values never enter.
-        padding: [sequences, 1, 1, length] bool, or None where no slot is padding.
+        padding: [sequences, length] bool, or None where no slot is padding.
         slots, rows: [real tokens] int64, the slots that are not padding, and their token rows.
         start: first row where the group is one contiguous run without padding, else None.
     """
@@ -98,7 +98,7 @@ def _group(starts: Tensor, lengths: Tensor, device: torch.device) -> Group:
         sequences=len(starts),
         length=length,
         index=index.to(device),
-        padding=None if whole else ~valid[:, None, None, :].to(device),
+        padding=None if whole else ~valid.to(device),
         slots=slots.to(device),
         rows=index[slots].to(device),
         start=int(index[0]) if contiguous else None,

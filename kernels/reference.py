@@ -144,7 +144,7 @@ class _Attention(torch.autograd.Function):
                 # a second derivative needs the probabilities as a function of q and k
                 probabilities = _probabilities(q, k, group, softmax_scale)
             if group.padding is not None:
-                grad = grad.masked_fill(group.padding.transpose(-1, -2), 0.0)
+                grad = grad * (~group.padding).to(grad.dtype)[:, None, :, None]
             kept = probabilities if mask is None else probabilities * mask
             grad_kept = grad @ v.transpose(-1, -2)
             grad_probabilities = grad_kept if mask is None else grad_kept * mask
@@ -174,8 +174,10 @@ def _attention_masks(
 def _probabilities(q: Tensor, k: Tensor, group: Group, softmax_scale: float) -> Tensor:
     scores = (q * softmax_scale) @ k.transpose(-1, -2)
     if group.padding is not None:
-        fill = scores.masked_fill if torch.is_grad_enabled() else scores.masked_fill_
-        scores = fill(group.padding, float("-inf"))
+        # an addition that broadcasts is several times faster on CPUs than masked_fill
+        hidden = torch.zeros(group.padding.shape, dtype=q.dtype, device=q.device)
+        hidden.masked_fill_(group.padding, float("-inf"))
+        scores = scores + hidden[:, None, None, :]
     return torch.softmax(scores, dim=-1)
 
 

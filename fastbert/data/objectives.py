@@ -5,15 +5,19 @@ Everything is drawn afresh each epoch, vectorised over a window of sequences.
 
 from __future__ import annotations
 
+import json
+import os
 import random
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
 from fastbert.data.tokenized import TokenizedCorpus
 from fastbert.errors import InputError
+from fastbert.files import atomic_write
 from fastbert.packing import IGNORE_INDEX, Examples
 from fastbert.tokenizer import Tokenizer
 
@@ -24,6 +28,7 @@ MASK_SHARE, RANDOM_SHARE = 0.8, 0.1
 # a piece shorter than this is one segment: there is nothing to order
 SHORTEST_PAIR = 16
 PAIRS = ("nsp", "sop")
+OBJECTIVE_FILE = "pretraining.json"
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,27 @@ class Objective:
         if names[0] != "mlm" or len(names) > 2 or any(n not in PAIRS for n in names[1:]):
             raise InputError(f"--objective must be mlm, mlm+nsp or mlm+sop, got {text!r}")
         return cls(pair=names[1] if len(names) == 2 else None)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> tuple[Objective, int | None]:
+        """The objective a model folder was trained by, and its sequence length, where it says.
+
+        A folder that does not say (another program's) is taken for masked LM alone.
+        """
+        path = Path(folder) / OBJECTIVE_FILE
+        if not path.is_file():
+            return cls(), None
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            return cls.parse(raw["objective"]), int(raw["max_seq_len"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: unreadable: {error}") from None
+
+    def save(self, folder: str | os.PathLike[str], max_seq_len: int) -> None:
+        """Write beside a model what it was trained by."""
+        with atomic_write(Path(folder) / OBJECTIVE_FILE) as file:
+            json.dump({"objective": str(self), "max_seq_len": max_seq_len}, file)
+            file.write("\n")
 
     def __str__(self) -> str:
         return "mlm" if self.pair is None else f"mlm+{self.pair}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,7 +130,9 @@ class PretrainingStream:
         )
 
 
-def prefetch(stream: PretrainingStream, depth: int = 4) -> Iterator[tuple[PackedBatch, Position]]:
+def prefetch(
+    stream: PretrainingStream, depth: int = 4
+) -> Generator[tuple[PackedBatch, Position], None, None]:
     """Batches prepared by a thread, each with the position after it, for a resume.
 
     The thread ends when the iterator is closed.

@@ -29,7 +29,7 @@ from fastbert.models import Targets
 from fastbert.packing import PackedBatch
 from fastbert.training.meter import Meter
 from fastbert.training.optimizer import Optimizers
-from fastbert.training.schedule import Budget, learning_rate_factor
+from fastbert.training.schedule import SCHEDULES, Budget, learning_rate_factor
 from fastbert.training.state import TrainState, save_checkpoint
 
 DTYPES = ("auto", "fp32", "bf16")
@@ -53,6 +53,18 @@ class LoopConfig:
     dtype: str = "auto"
     evaluate_minutes: float = 5.0
     checkpoint_minutes: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise InputError(
+                f"--schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
+            )
+        if self.dtype not in DTYPES:
+            raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if not 0.0 <= self.warmup < 1.0:
+            raise InputError(f"--warmup must be in [0, 1), got {self.warmup}")
+        if self.accumulation < 1:
+            raise InputError(f"--accumulation must be at least 1, got {self.accumulation}")
 
 
 @dataclass
@@ -91,6 +103,11 @@ class Interruption:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+
+
+def default_device() -> torch.device:
+    """The first GPU, or else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

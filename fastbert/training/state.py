@@ -44,36 +44,46 @@ class TrainState:
     best: dict[str, Any] = field(default_factory=dict)
 
 
-def open_run(out: str | os.PathLike[str], settings: dict[str, Any], *, resume: bool) -> Path:
-    """Claim an output folder for a run, or open the run that is there.
-
-    Args:
-        out: the folder; made where it does not exist.
-        settings: of the run, written to `run.json`; a resumed run must have been started with the
-            same.
-        resume: go on with the run in `out`.
+def check_run(out: str | os.PathLike[str], settings: dict[str, Any], *, resume: bool) -> None:
+    """Look whether `claim_run` would take a folder, before any work is done for it.
 
     Raises:
         InputError: the folder holds another run or other files, or there is nothing to resume.
     """
     folder = Path(out)
-    run_file = folder / RUN_FILE
     if resume:
-        return _reopen(folder, settings)
-    if folder.is_file():
+        _check_same(folder, settings)
+    elif folder.is_file():
         raise InputError(f"--out {out}: is a file, expected a folder")
-    if run_file.exists():
+    elif (folder / RUN_FILE).exists():
         raise InputError(
             f"--out {out}: holds a run already ({RUN_FILE}); --resume goes on with it, "
             "or name another folder"
         )
-    if folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(folder.iterdir()):
         raise InputError(f"--out {out}: is not empty; name a new folder")
+
+
+def claim_run(out: str | os.PathLike[str], settings: dict[str, Any], *, resume: bool) -> Path:
+    """Make a run's folder and write `run.json`, or open the run that is there.
+
+    Args:
+        out: the folder.
+        settings: of the run; a resumed run must have been started with the same.
+        resume: go on with the run in `out`.
+
+    Raises:
+        InputError: as `check_run`, or the folder cannot be written to.
+    """
+    check_run(out, settings, resume=resume)
+    folder = Path(out)
+    if resume:
+        return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise writing_failed(folder, error) from error
-    with atomic_write(run_file) as file:
+    with atomic_write(folder / RUN_FILE) as file:
         json.dump(settings, file, indent=2)
         file.write("\n")
     return folder
@@ -140,7 +150,7 @@ def remove_checkpoints(folder: Path) -> None:
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
-def _reopen(folder: Path, settings: dict[str, Any]) -> Path:
+def _check_same(folder: Path, settings: dict[str, Any]) -> None:
     run_file = folder / RUN_FILE
     try:
         before = json.loads(run_file.read_text(encoding="utf-8"))
@@ -157,7 +167,6 @@ def _reopen(folder: Path, settings: dict[str, Any]) -> Path:
             f"--resume: {folder} was started with other settings: {name} was "
             f"{before.get(name)!r}, now {settings[name]!r}"
         )
-    return folder
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -1,0 +1,44 @@
+"""`python -m fastbert.bench NAME`: measurements that print machine, versions and ratios."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from fastbert.errors import InputError
+
+# name -> module with `main(arguments) -> exit status`, and what it measures
+COMMANDS = {
+    "train-step": ("fastbert.bench.train_step", "one optimiser step beside transformers"),
+}
+PROGRAM = "fastbert.bench"
+
+
+def usage() -> str:
+    """The list of commands."""
+    rows = [f"  {name:<16}{what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"usage: python -m {PROGRAM} NAME [options]", "", *rows, "", "NAME -h: its options"]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 measured, 1 a row was refused, 2 the caller's mistake."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(usage())
+        return 0
+    name = arguments[0] if arguments else None
+    try:
+        if name not in COMMANDS:
+            found = "no name" if name is None else repr(name)
+            raise InputError(f"expected one of {', '.join(COMMANDS)}, got {found}")
+        module = importlib.import_module(COMMANDS[name][0])
+        return int(module.main(arguments[1:]))
+    except InputError as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,111 @@
+"""What a measurement was taken on: processor, its bf16 units, versions, commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastbert.training.loop import has_fast_bf16
+
+CPU_INFO = Path("/proc/cpuinfo")
+PACKAGES = ("torch", "transformers", "triton", "numpy")
+# the widest first: the one that decides how fast a matrix product is
+_CPU_CLASSES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Processor, threads and versions, as they go into a result file."""
+    cpu = cpu_fields(CPU_INFO.read_text(encoding="utf-8") if CPU_INFO.exists() else "")
+    described: dict[str, Any] = {
+        "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
+        "cpu_family": cpu.get("cpu family"),
+        "cpu_model": cpu.get("model"),
+        "cpu_class": cpu_class(cpu.get("flags", "")),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "fast_bf16": has_fast_bf16(device),
+        "avx512_bf16": getattr(torch.cpu, "_is_avx512_bf16_supported", bool)(),
+        "amx": getattr(torch.cpu, "_is_amx_tile_supported", bool)(),
+        "device": device.type,
+    }
+    if device.type == "cuda":
+        described["gpu"] = torch.cuda.get_device_name(device)
+    described["python"] = platform.python_version()
+    described |= {name: _version(name) for name in PACKAGES}
+    described["commit"] = commit()
+    return described
+
+
+def cpu_fields(text: str) -> dict[str, str]:
+    """The first processor of /proc/cpuinfo's text, by name."""
+    first = text.partition("\n\n")[0]
+    pairs = (line.partition(":") for line in first.splitlines() if ":" in line)
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def cpu_class(flags: str) -> str:
+    """The matrix unit that counts, e.g. "avx512_bf16"; the architecture where none is named."""
+    present = set(flags.split())
+    return next((name for name in _CPU_CLASSES if name in present), platform.machine() or "unknown")
+
+
+def commit() -> str | None:
+    """Of the checkout this file belongs to, "+" where files were changed; None outside of one."""
+    # the links inside fastbert/ lead here as well
+    folder = Path(__file__).resolve().parents[1]
+    if not (folder / ".git").exists():
+        return None
+    head = _git(folder, "rev-parse", "--short=12", "HEAD")
+    code = ("fastbert", "kernels", "bench/*.py")
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", *code)
+    return None if head is None else head + ("+" if changed else "")
+
+
+def peak_gib(device: torch.device) -> float | None:
+    """Most memory held since `reset_peak`; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    if not status.exists():
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    line = next((x for x in status.read_text().splitlines() if x.startswith("VmHWM:")), None)
+    return None if line is None else int(line.split()[1]) * 1024 / 2**30
+
+
+def reset_peak(device: torch.device) -> bool:
+    """Start the peak anew; False where the system cannot, and peaks only grow."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        # "5" resets the resident set's high-water mark (proc_pid_clear_refs(5))
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

@@ -1,0 +1,80 @@
+"""Which words fit a blank: the masked-LM head's answer at every [MASK]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fastbert.errors import InputError
+from fastbert.models import BertForMaskedLM, BertForPreTraining
+from fastbert.packing import Examples
+from fastbert.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Blank:
+    """One [MASK]: its best words with their probabilities, the likeliest first."""
+
+    words: tuple[tuple[str, float], ...]
+
+
+def fill_mask(
+    model: BertForMaskedLM | BertForPreTraining,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    top: int = 5,
+) -> list[list[Blank]]:
+    """Fill the blanks of each text.
+
+    Args:
+        model: with a masked-LM head.
+        tokenizer: the model's.
+        texts: each with at least one [MASK].
+        top: words a blank.
+
+    Returns:
+        For each text its blanks, in order; special tokens are never offered.
+
+    Raises:
+        InputError: a text without [MASK], or longer than the model's positions.
+    """
+    if not 1 <= top <= tokenizer.vocab_size - len(tokenizer.special_ids):
+        raise InputError(f"--top must be at least 1, got {top}")
+    sequences = [_encode(tokenizer, text, model.config.max_position_embeddings) for text in texts]
+    batch = Examples.from_lists(sequences).batch(range(len(sequences)))
+    device = next(model.parameters()).device
+    batch = batch.to(device)
+    with torch.no_grad():
+        hidden_states = model.encoder(batch)
+        positions = (batch.input_ids == tokenizer.mask_id).nonzero().squeeze(1)
+        logits = model.masked_lm(hidden_states[positions], model.word_weight).float()
+    logits[:, list(tokenizer.special_ids)] = float("-inf")
+    best = torch.softmax(logits, dim=-1).topk(top, dim=-1)
+    blanks = [
+        Blank(
+            tuple(
+                (tokenizer.id_to_token(index), probability)
+                for index, probability in zip(ids, probabilities, strict=True)
+            )
+        )
+        for ids, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+    result, first = [], 0
+    for ids in sequences:
+        count = ids.count(tokenizer.mask_id)
+        result.append(blanks[first : first + count])
+        first += count
+    return result
+
+
+def _encode(tokenizer: Tokenizer, text: str, limit: int) -> list[int]:
+    ids = tokenizer.encode(text)
+    if tokenizer.mask_id not in ids:
+        raise InputError(f"fill-mask: no [MASK] in {text!r}; write it where a word is to be found")
+    if len(ids) + 2 > limit:
+        raise InputError(
+            f"fill-mask: {len(ids) + 2} tokens, the model has positions for {limit}: {text[:40]!r}"
+        )
+    return [tokenizer.cls_id, *ids, tokenizer.sep_id]

@@ -1,0 +1,304 @@
+"""Pre-training from text to a model folder in Hugging Face's layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastbert.config import EncoderConfig
+from fastbert.data.corpus import read_documents
+from fastbert.data.objectives import Objective
+from fastbert.data.stream import PretrainingStream, StreamConfig, prefetch
+from fastbert.data.tokenized import TokenizedCorpus
+from fastbert.files import atomic_write
+from fastbert.errors import InputError
+from fastbert.models import BertForMaskedLM, BertForPreTraining
+from fastbert.tokenizer import Tokenizer
+from fastbert.training.curves import draw_curves
+from fastbert.training.evaluation import (
+    evaluate_pretraining,
+    heldout,
+    unigram_log_probabilities,
+    unigram_loss,
+)
+from fastbert.training.loop import LoopConfig, compute_dtype, default_device, train
+from fastbert.training.meter import Meter
+from fastbert.training.optimizer import OPTIMIZERS, Optimizers
+from fastbert.training.schedule import Budget
+from fastbert.training.state import (
+    TrainState,
+    check_run,
+    claim_run,
+    load_checkpoint,
+    remove_checkpoints,
+    save_checkpoint,
+)
+
+MODEL_FOLDER, REPORT_FILE = "model", "report.json"
+# held-out text past this many tokens makes the scores no better, only later
+MOST_HELDOUT_TOKENS = 150_000
+
+
+@dataclass
+class PretrainConfig:
+    """Settings of `fastbert pretrain`; every field is a flag of that name."""
+
+    out: str = field(metadata={"help": "folder of the run; must be new, or --resume"})
+    size: str = field(default="mini", metadata={"help": "tiny, mini, small, medium, base or large"})
+    objective: str = field(default="mlm+sop", metadata={"help": "mlm, mlm+nsp or mlm+sop"})
+    max_minutes: float | None = field(
+        default=None, metadata={"help": "end after so many minutes; warm-up and decay follow"}
+    )
+    max_steps: int | None = field(default=None, metadata={"help": "end after so many steps"})
+    token_budget: int = field(default=4096, metadata={"help": "tokens a batch"})
+    max_seq_len: int = field(
+        default=128, metadata={"help": "tokens a sequence at most; the model's positions"}
+    )
+    mask_probability: float = field(default=0.15, metadata={"help": "share of tokens to predict"})
+    accumulation: int = field(default=1, metadata={"help": "batches an optimiser step"})
+    optimizer: str = field(
+        default="muon", metadata={"help": "muon (with adamw for the rest) or adamw"}
+    )
+    learning_rate: float = field(default=2e-3, metadata={"help": "peak of AdamW's"})
+    muon_learning_rate: float = field(
+        default=4e-3, metadata={"help": "peak of Muon's, for the layers' matrices"}
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "of matrices and embeddings"})
+    schedule: str = field(
+        default="linear", metadata={"help": "constant, linear, cosine or wsd, after warm-up"}
+    )
+    warmup: float = field(default=0.05, metadata={"help": "share of the run spent warming up"})
+    dropout: float = field(
+        default=0.1, metadata={"help": "0 for runs that see their text about once"}
+    )
+    seed: int = field(default=0, metadata={"help": "of everything random"})
+    dtype: str = field(
+        default="auto", metadata={"help": "auto (bf16 where the hardware has it), fp32 or bf16"}
+    )
+    heldout: float = field(default=0.02, metadata={"help": "share of documents to score on"})
+    evaluate_minutes: float = field(default=5.0, metadata={"help": "between held-out scores"})
+    checkpoint_minutes: float = field(default=5.0, metadata={"help": "between checkpoints"})
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            names = ", ".join(OPTIMIZERS)
+            raise InputError(f"--optimizer must be one of {names}, got {self.optimizer!r}")
+        for name in ("learning_rate", "muon_learning_rate", "checkpoint_minutes"):
+            if not getattr(self, name) > 0:
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{flag} must be more than 0, got {getattr(self, name)}")
+        if not 0.0 < self.heldout < 1.0:
+            raise InputError(f"--heldout must be in (0, 1), got {self.heldout}")
+
+    def loop(self) -> LoopConfig:
+        """The part that any task's loop needs."""
+        return LoopConfig(
+            budget=Budget(self.max_steps, self.max_minutes),
+            schedule=self.schedule,
+            warmup=self.warmup,
+            accumulation=self.accumulation,
+            dropout=self.dropout > 0.0,
+            seed=self.seed,
+            dtype=self.dtype,
+            evaluate_minutes=self.evaluate_minutes,
+            checkpoint_minutes=self.checkpoint_minutes,
+        )
+
+    def stream(self, device: torch.device) -> StreamConfig:
+        """How text becomes batches."""
+        return StreamConfig(
+            objective=Objective.parse(self.objective),
+            token_budget=self.token_budget,
+            max_seq_len=self.max_seq_len,
+            mask_probability=self.mask_probability,
+            seed=self.seed,
+            fixed_shapes=device.type != "cpu",
+        )
+
+    def encoder(self, vocab_size: int) -> EncoderConfig:
+        """The architecture."""
+        return EncoderConfig.named(
+            self.size,
+            vocab_size=vocab_size,
+            max_position_embeddings=self.max_seq_len,
+            hidden_dropout_prob=self.dropout,
+            attention_probs_dropout_prob=self.dropout,
+        )
+
+
+def pretrain(
+    sources: list[str],
+    tokenizer_path: str,
+    config: PretrainConfig,
+    *,
+    doc_sep: str = "auto",
+    resume: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Read text, pre-train on it, and leave a model.
+
+    Args:
+        sources: files, globs or folders.
+        tokenizer_path: folder or file of a WordPiece vocabulary.
+        config: everything else.
+        doc_sep: how documents are separated: auto, blank, line or file.
+        resume: go on with the run in `config.out`.
+        say: told what happens, a line at a time.
+
+    Returns:
+        The report, as written to `report.json`; empty where the run was interrupted.
+
+    Raises:
+        InputError: bad settings, text or files.
+    """
+    settings = {
+        "command": "pretrain",
+        "sources": sources,
+        "tokenizer": tokenizer_path,
+        "doc_sep": doc_sep,
+        **dataclasses.asdict(config),
+    }
+    check_run(config.out, settings, resume=resume)
+    config.loop()
+    config.stream(torch.device("cpu"))
+    tokenizer = Tokenizer.from_pretrained(tokenizer_path)
+    config.encoder(tokenizer.vocab_size)
+    documents = read_documents(sources, doc_sep=doc_sep, say=say)
+    corpus = TokenizedCorpus.build((d.text for d in documents), tokenizer)
+    fraction = min(config.heldout, MOST_HELDOUT_TOKENS / corpus.tokens)
+    if corpus.documents * fraction >= 1.0:
+        # a random next sentence comes from another document
+        fraction = max(fraction, 2 / corpus.documents)
+    train_corpus, heldout_corpus = corpus.split(fraction, config.seed)
+    say(
+        f"{corpus.documents:,} documents, {corpus.tokens:,} tokens; "
+        f"{heldout_corpus.tokens:,} of them held out"
+    )
+    folder = claim_run(config.out, settings, resume=resume)
+    report = pretrain_corpus(
+        train_corpus, heldout_corpus, tokenizer, config, folder, resume=resume, say=say
+    )
+    if report:
+        write_report(folder, report)
+    return report
+
+
+def pretrain_corpus(
+    train_corpus: TokenizedCorpus,
+    heldout_corpus: TokenizedCorpus,
+    tokenizer: Tokenizer,
+    config: PretrainConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Pre-train on tokenised text; as `pretrain`, which calls it.
+
+    Args:
+        train_corpus, heldout_corpus: share no document.
+        tokenizer: of both.
+        config: settings.
+        folder: of the run, claimed.
+        resume: go on from its newest checkpoint.
+        say: told what happens.
+    """
+    device = default_device()
+    loop, stream_config = config.loop(), config.stream(device)
+    dtype = compute_dtype(config.dtype, device)
+    log_probabilities = unigram_log_probabilities(train_corpus, tokenizer.vocab_size)
+    architecture = BertForPreTraining if stream_config.objective.pair else BertForMaskedLM
+    model = architecture.from_config(config.encoder(tokenizer.vocab_size), config.seed)
+    # a decoder that starts at the unigram need not spend its first steps on finding it
+    model.masked_lm.bias.data.copy_(torch.from_numpy(log_probabilities))
+    model.to(device)
+    optimizers = _optimizers(model, config)
+    state = load_checkpoint(folder, model, optimizers) if resume else TrainState()
+    scored = heldout(heldout_corpus, tokenizer, stream_config.objective, config.max_seq_len)
+    stream = PretrainingStream(train_corpus, tokenizer, stream_config, state.position)
+    meter = Meter(folder, "pretrain")
+    say(
+        f"pre-training {config.size} ({sum(p.numel() for p in model.parameters()):,} parameters) "
+        f"on {device.type} in {str(dtype).removeprefix('torch.')}, {stream_config.objective}, "
+        f"{config.token_budget * config.accumulation:,} tokens a step"
+    )
+    before = state.tokens, state.seconds
+    with closing(prefetch(stream)) as batches:
+        finished = train(
+            model,
+            optimizers,
+            batches,
+            loop,
+            state,
+            meter,
+            folder,
+            evaluate=lambda: evaluate_pretraining(model, scored, dtype),
+        )
+    meter.close()
+    if not finished:
+        say(f"interrupted at step {state.step}; saved. To go on: the same command with --resume")
+        return {}
+    save_checkpoint(folder, state, model, optimizers)
+    figures = evaluate_pretraining(model, scored, dtype)
+    meter.evaluation(state, figures)
+    unigram = unigram_loss(scored, log_probabilities)
+    model.save_pretrained(folder / MODEL_FOLDER)
+    tokenizer.save_pretrained(folder / MODEL_FOLDER, model_max_length=config.max_seq_len)
+    stream_config.objective.save(folder / MODEL_FOLDER, config.max_seq_len)
+    report = {
+        **{f"{name}_heldout": value for name, value in figures.items()},
+        "unigram_loss_heldout": unigram,
+        "steps": state.step,
+        "tokens": state.tokens,
+        "seconds": round(state.seconds, 1),
+        "real_tokens_per_s": round(
+            (state.tokens - before[0]) / max(state.seconds - before[1], 1e-9), 1
+        ),
+        "packing_efficiency": round(
+            state.tokens / (state.step * config.token_budget * config.accumulation), 4
+        ),
+    }
+    title = f"fastbert {config.size}, {stream_config.objective}: {state.tokens:,} tokens"
+    picture = draw_curves(folder, title, baseline=unigram)
+    say(_summary(report, folder, picture))
+    remove_checkpoints(folder)
+    return report
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write `report.json`."""
+    with atomic_write(folder / REPORT_FILE) as file:
+        json.dump(report, file, indent=2)
+        file.write("\n")
+
+
+def _optimizers(model: nn.Module, config: PretrainConfig) -> Optimizers:
+    return Optimizers(
+        model,
+        config.optimizer,
+        learning_rate=config.learning_rate,
+        muon_learning_rate=config.muon_learning_rate,
+        weight_decay=config.weight_decay,
+    )
+
+
+def _summary(report: dict[str, Any], folder: Path, picture: Path | None) -> str:
+    lines = [
+        f"held out: masked-LM loss {report['mlm_loss_heldout']:.3f} nats "
+        f"(unigram {report['unigram_loss_heldout']:.3f}), "
+        f"masked accuracy {report['masked_accuracy_heldout']:.1%}"
+    ]
+    if "pair_accuracy_heldout" in report:
+        lines[0] += f", pair accuracy {report['pair_accuracy_heldout']:.1%} (chance 50 %)"
+    lines.append(f"model in {folder / MODEL_FOLDER}")
+    if picture is None:
+        lines.append("no curves.png: matplotlib is not installed (pip install 'fastbert[plot]')")
+    return "\n".join(lines)

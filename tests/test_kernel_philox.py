@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+
+from fastbert.kernels.philox import Rng, keep_mask
+
+COORDINATES = [field.name for field in dataclasses.fields(Rng) if field.type == "int"]
+SHAPE = (257, 129)
+
+
+def mask(rng: Rng, dropout_p: float = 0.3, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return keep_mask(SHAPE, dropout_p, rng, torch.empty(0, dtype=dtype))
+
+
+def test_the_same_coordinates_give_the_same_mask_whatever_else_was_drawn():
+    first = mask(Rng(7, 3, 1, 2, 1))
+    torch.rand(5)
+    assert torch.equal(first, mask(Rng(7, 3, 1, 2, 1)))
+
+
+@pytest.mark.parametrize("coordinate", COORDINATES)
+def test_every_coordinate_changes_the_mask(coordinate):
+    base = Rng(7, 3, 1, 2, 1)
+    other = dataclasses.replace(base, **{coordinate: getattr(base, coordinate) + 1})
+    assert not torch.equal(mask(base), mask(other))
+
+
+def test_coordinates_are_not_interchangeable():
+    draws = [mask(Rng(*order)) for order in itertools.permutations([0, 1, 2, 3, 4])]
+    for left, right in itertools.combinations(draws[:24], 2):
+        assert not torch.equal(left, right)
+
+
+def test_at_keeps_the_step():
+    rng = Rng(seed=7, step=3, micro_batch=1).at(5, 2)
+    assert rng == Rng(seed=7, step=3, micro_batch=1, layer=5, site=2)
+    assert rng.at(4) == Rng(seed=7, step=3, micro_batch=1, layer=4)
+
+
+def test_large_and_negative_seeds_are_taken():
+    assert not torch.equal(mask(Rng(-1)), mask(Rng(1 << 63)))
+
+
+@pytest.mark.parametrize("dropout_p", [0.01, 0.1, 0.5, 0.9])
+def test_kept_share_and_values(dropout_p):
+    kept = mask(Rng(1), dropout_p)
+    values = kept.unique().tolist()
+    assert values == [0.0, torch.tensor(1.0 / (1.0 - dropout_p)).item()]
+    elements = kept.numel()
+    sigma = math.sqrt(elements * dropout_p * (1.0 - dropout_p))
+    assert abs((kept > 0).sum().item() - elements * (1.0 - dropout_p)) < 5 * sigma
+
+
+def test_masks_of_neighbouring_steps_layers_and_sites_are_independent():
+    # a product of two independent masks keeps (1 - p) squared
+    base, share = Rng(0, 10, 0, 3, 1), 0.7 * 0.7
+    sigma = math.sqrt(mask(base).numel() * share * (1.0 - share))
+    for coordinate in COORDINATES:
+        other = dataclasses.replace(base, **{coordinate: getattr(base, coordinate) + 1})
+        both = ((mask(base) > 0) & (mask(other) > 0)).sum().item()
+        assert abs(both - mask(base).numel() * share) < 5 * sigma, coordinate
+
+
+def test_dtype_and_device_follow_like():
+    assert mask(Rng(0), dtype=torch.float64).dtype == torch.float64
+    assert mask(Rng(0), dtype=torch.bfloat16).dtype == torch.bfloat16
