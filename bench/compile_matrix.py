@@ -175,12 +175,25 @@ def run(todo: list[Job], processes: int | None = None, cache: Path | None = None
         for future in concurrent.futures.as_completed(waiting):
             job, kept = waiting[future]
             row = future.result()
+            if row.failures:
+                yield row
+                continue
             _keep(kept, row)
             yield _judged(row, job)
 
 
 def compile_job(job: Job) -> Row:
     """Compile one kernel and read what the compiler reports; no gate is applied yet."""
+    try:
+        return _compiled(job)
+    except Exception as error:  # whatever a compiler may raise is one failing row
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        launched = (job.num_warps, job.num_stages)
+        failure = f"does not compile: {reason}"
+        return Row(job.case, job.dtype, job.architecture, *launched, 0, 0, 0, "", (failure,))
+
+
+def _compiled(job: Job) -> Row:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

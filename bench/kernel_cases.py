@@ -39,7 +39,7 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _dropout_arguments(variant: str) -> tuple[Any, ...]:
+def _dropout_arguments(variant: str) -> Any:
     if variant != "dropout":
         return None, None, None, 1, 1, 0.0
     ids = _meta(ROWS, dtype=torch.int32)
