@@ -11,6 +11,7 @@ from fastbert.errors import InputError
 # name -> module with `main(arguments) -> exit status`, and what it measures
 COMMANDS = {
     "train-step": ("fastbert.bench.train_step", "one optimiser step beside transformers"),
+    "validate": ("fastbert.bench.validate", "every kernel against fp64; --compile without a GPU"),
 }
 PROGRAM = "fastbert.bench"
 

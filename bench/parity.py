@@ -77,6 +77,16 @@ class Parity:
         bounds = [bound for errors in self._errors.values() for bound in self._bounds(errors)]
         return max(_share(ours, bound) for _, ours, bound in bounds)
 
+    def worst_tensor(self) -> tuple[str, float, float, float]:
+        """The tensor nearest to its bound: name, rms errors of ours and the peer's, share."""
+        shares = {
+            name: max(_share(ours, bound) for _, ours, bound in self._bounds(errors))
+            for name, errors in self._errors.items()
+        }
+        name = max(shares, key=lambda key: math.inf if math.isnan(shares[key]) else shares[key])
+        errors = self._errors[name]
+        return name, _rms(errors.ours), _rms(errors.theirs), shares[name]
+
     def beside_peer(self) -> list[float]:
         """Root mean square error of ours over the peer's, a figure a tensor, ascending."""
         pairs = [(_rms(e.ours), _rms(e.theirs)) for e in self._errors.values()]
@@ -107,8 +117,10 @@ def _share(error: float, whole: float) -> float:
 
 
 def _rms(parts: list[Tensor]) -> float:
-    return math.sqrt(float(torch.cat(parts).square().mean()))
+    joined = torch.cat(parts)
+    return math.sqrt(float(joined.square().mean())) if len(joined) else 0.0
 
 
 def _largest(parts: list[Tensor]) -> float:
-    return float(torch.cat(parts).max())
+    joined = torch.cat(parts)
+    return float(joined.max()) if len(joined) else 0.0
