@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -53,10 +54,18 @@ def label_set(rows: Sequence[Row], where: str = "training rows") -> list[str]:
             f"{where}: {len(labels):,} different labels in {len(rows):,} rows are no classes; "
             "--label-column names another column"
         )
-    try:
-        return sorted(labels, key=lambda label: (float(label), label))
-    except ValueError:
+    numbers = [_number(label) for label in labels]
+    if None in numbers:
         return sorted(labels)
+    return [label for _, label in sorted(zip(numbers, labels, strict=True))]
+
+
+def _number(label: str) -> float | None:
+    try:
+        value = float(label)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def check_labels(

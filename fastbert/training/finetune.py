@@ -49,7 +49,7 @@ MODEL_FOLDER, REPORT_FILE = "model", "report.json"
 # (Mosbach et al. 2020, arXiv:2006.04884)
 EPOCHS, FEWEST_STEPS, MOST_EPOCHS = 3, 200, 20
 # hidden size from which on a peak serves: narrow models want larger steps (Turc et al. 2019)
-LEARNING_RATES = ((1024, 3e-5), (768, 5e-5), (512, 1e-4), (0, 3e-4))
+LEARNING_RATES = ((1024, 3e-5), (768, 5e-5), (384, 1e-4), (0, 3e-4))
 SHORTEST = 8
 
 
