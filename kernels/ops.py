@@ -158,9 +158,9 @@ def layer_norm(
     with _no_autocast(x):
         return reference.layer_norm(
             x.to(dtype),
-            weight.to(dtype),
-            bias.to(dtype),
-            x_bias=None if x_bias is None else x_bias.to(dtype),
+            weight,
+            bias,
+            x_bias=x_bias,
             residual=None if residual is None else residual.to(dtype),
             eps=eps,
             dropout_p=dropout_p,

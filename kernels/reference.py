@@ -63,11 +63,12 @@ def layer_norm(
     rng: Rng | None,
 ) -> Tensor:
     """LayerNorm(residual + dropout(x + x_bias)) (Ba et al. 2016)."""
-    total = x if x_bias is None else x + x_bias
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = x.to(wide) if x_bias is None else x + x_bias.to(wide)
     total = dropout(total, dropout_p, rng)
     if residual is not None:
         total = total + residual
-    return F.layer_norm(total, weight.shape, weight, bias, eps)
+    return F.layer_norm(total, weight.shape, weight.to(wide), bias.to(wide), eps).to(x.dtype)
 
 
 def feed_forward(
