@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name = arguments[0] if arguments else None
     try:
-        if name not in COMMANDS:
+        if name is None or name not in COMMANDS:
             found = "no name" if name is None else repr(name)
             raise InputError(f"expected one of {', '.join(COMMANDS)}, got {found}")
         module = importlib.import_module(COMMANDS[name][0])

@@ -43,6 +43,7 @@ def bert_for_masked_lm(folder: str | os.PathLike[str], device: torch.device) -> 
 
 def padded(examples: Examples, device: torch.device) -> dict[str, Tensor]:
     """All sequences as one batch padded to its longest, as transformers' collators do."""
+    assert examples.masked_positions is not None and examples.labels is not None
     lengths = examples.lengths
     shape = (len(examples), int(lengths.max()))
     real = np.arange(shape[1]) < lengths[:, None]

@@ -92,22 +92,27 @@ def from_hugging_face(
         The state found, in fp32, and the names of ours that the checkpoint lacks.
 
     Raises:
-        InputError: a tensor has another shape than the model's.
+        InputError: a tensor has another shape than the model's, or a masked-LM decoder is not the
+            word embedding.
     """
     found = {_modern(name): tensor for name, tensor in tensors.items()}
     state, missing = {}, []
     for name, like in wanted.items():
-        parts = [found.get(theirs) for theirs in hugging_face_names(name, prefix="")]
-        if any(part is None for part in parts):
+        names = hugging_face_names(name, prefix="")
+        parts = [found[theirs] for theirs in names if theirs in found]
+        if len(parts) < len(names):
             missing.append(name)
             continue
-        joined = torch.cat([part for part in parts if part is not None]).to(torch.float32)
-        if joined.shape != like.shape:
-            raise InputError(
-                f"{where}: {hugging_face_names(name, prefix='')[0]} has shape "
-                f"{list(joined.shape)} in the file, config.json says {list(like.shape)}"
-            )
-        state[name] = joined
+        expected = [len(like) // len(names), *like.shape[1:]]
+        for theirs, part in zip(names, parts, strict=True):
+            if list(part.shape) != expected:
+                raise InputError(
+                    f"{where}: {theirs} has shape {list(part.shape)} in the file, "
+                    f"config.json says {expected}"
+                )
+        state[name] = torch.cat(parts).to(torch.float32)
+    if "masked_lm.bias" in wanted:
+        _refuse_untied(found, where)
     return state, missing
 
 
@@ -139,6 +144,16 @@ def summarise(names: Iterable[str], shown: int = 3) -> str:
     names = list(names)
     rest = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + rest
+
+
+def _refuse_untied(found: dict[str, Tensor], where: str) -> None:
+    words = found.get("embeddings.word_embeddings.weight")
+    decoder = found.get("cls.predictions.decoder.weight")
+    if words is not None and decoder is not None and not torch.equal(words, decoder):
+        raise InputError(
+            f"{where}: cls.predictions.decoder.weight differs from the word embedding: "
+            "only decoders tied to it are supported"
+        )
 
 
 def _modern(name: str) -> str:

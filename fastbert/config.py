@@ -70,6 +70,10 @@ class EncoderConfig:
             value = getattr(self, name)
             if value is not None and not 0.0 <= value < 1.0:
                 raise InputError(f"config: {name} must be in [0, 1), got {value!r}")
+        for name in ("initializer_range", "layer_norm_eps"):
+            value = getattr(self, name)
+            if not isinstance(value, float | int) or not value >= 0.0:
+                raise InputError(f"config: {name} must be a number of at least 0, got {value!r}")
         if self.hidden_size % self.num_attention_heads:
             raise InputError(
                 f"config: hidden_size must be a multiple of num_attention_heads, "
@@ -131,7 +135,7 @@ class EncoderConfig:
             return cls(**values)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, LookupError) as error:
             raise InputError(f"{where}: unreadable value: {error}") from None
 
     @classmethod

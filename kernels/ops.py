@@ -223,18 +223,18 @@ def _layer_norm(
         return _kernels(x).normalise(
             x, weight, bias, x_bias, residual, draw, eps, dtype, wants_total
         )
+    parts: dict[str, Any] = {
+        "x_bias": x_bias,
+        "residual": None if residual is None else residual.to(dtype),
+        "eps": eps,
+        "dropout_p": dropout_p,
+        "rng": rng,
+    }
     with _no_autocast(x):
-        total, y = reference.layer_norm_with_sum(
-            x.to(dtype),
-            weight.to(dtype),
-            bias.to(dtype),
-            x_bias=None if x_bias is None else x_bias.to(dtype),
-            residual=None if residual is None else residual.to(dtype),
-            eps=eps,
-            dropout_p=dropout_p,
-            rng=rng,
-        )
-        return y, total
+        if wants_total:
+            return reference.layer_norm_with_sum(x.to(dtype), weight, bias, **parts)
+        y = reference.layer_norm(x.to(dtype), weight, bias, **parts)
+        return y, y
 
 
 def feed_forward(

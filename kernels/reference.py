@@ -51,6 +51,22 @@ def embedding(
     return dropout(normed.to(dtype), dropout_p, rng)
 
 
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    x_bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    rng: Rng | None,
+) -> Tensor:
+    """LayerNorm(residual + dropout(x + x_bias)) (Ba et al. 2016)."""
+    total = _norm_total(x, x_bias, residual, dropout_p, rng)
+    return _normalised(total, weight, bias, eps).to(x.dtype)
+
+
 def layer_norm_with_sum(
     x: Tensor,
     weight: Tensor,
@@ -62,12 +78,23 @@ def layer_norm_with_sum(
     dropout_p: float,
     rng: Rng | None,
 ) -> tuple[Tensor, Tensor]:
-    """total = residual + dropout(x + x_bias), and its LayerNorm (Ba et al. 2016)."""
-    total = x if x_bias is None else x + x_bias
+    """layer_norm, and the sum it normalises."""
+    total = _norm_total(x, x_bias, residual, dropout_p, rng)
+    return _normalised(total, weight, bias, eps).to(x.dtype), total.to(x.dtype)
+
+
+def _norm_total(
+    x: Tensor, x_bias: Tensor | None, residual: Tensor | None, dropout_p: float, rng: Rng | None
+) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = x.to(wide) if x_bias is None else x + x_bias.to(wide)
     total = dropout(total, dropout_p, rng)
-    if residual is not None:
-        total = total + residual
-    return total, F.layer_norm(total, weight.shape, weight, bias, eps)
+    return total if residual is None else total + residual
+
+
+def _normalised(total: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    wide = total.dtype
+    return F.layer_norm(total, weight.shape, weight.to(wide), bias.to(wide), eps)
 
 
 def feed_forward(

@@ -14,6 +14,7 @@ from fastbert.data.python_docs import (
     PyDoc,
     blank_library_names,
     collect,
+    join_wrapped_lines,
     labelled_task,
     pretraining_texts,
     write_jsonl,
@@ -207,3 +208,33 @@ def test_the_real_installation() -> None:
     for text, label in task.train + task.evaluation:
         words[label] |= set(re.findall("[a-z0-9]+", text.lower()))
     assert not any(set(LIBRARIES) & found for found in words.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "A sentence that is long enough to have been wrapped by\nhand goes on here.",
+            "A sentence that is long enough to have been wrapped by hand goes on here.",
+        ),
+        ("Short line.\nAnother one.", "Short line.\nAnother one."),
+        (
+            "- an item whose text is so long that it hangs over into the\n  next line\n- next",
+            "- an item whose text is so long that it hangs over into the next line\n- next",
+        ),
+        (
+            ">>> a_call_with_a_long_name(and_an_argument, and_another_one)\nits result",
+            ">>> a_call_with_a_long_name(and_an_argument, and_another_one)\nits result",
+        ),
+        (
+            "what follows this long introduction is indented differently\n    code()",
+            "what follows this long introduction is indented differently\n    code()",
+        ),
+        (
+            "the following parameters are all that this function will take:\nx is a number",
+            "the following parameters are all that this function will take:\nx is a number",
+        ),
+    ],
+)
+def test_only_lines_wrapped_by_hand_are_joined(text: str, expected: str) -> None:
+    assert join_wrapped_lines(text) == expected

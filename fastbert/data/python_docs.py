@@ -45,6 +45,11 @@ _LIBRARY_NAME = re.compile(
     re.IGNORECASE,
 )
 _MINIMUM_WORDS = 8
+# hand-wrapped lines are longer than this; shorter ones ended where they wanted to
+_WRAPPED_FROM = 50
+_PROMPT = re.compile(r"\s*(?:>>>|\.\.\.)")
+# prompts, list items, numbers, fields, directives, table rows and rules begin a line of their own
+_OWN_LINE = re.compile(r"\s*(?:>>>|\.\.\.|[-*+•]\s|\d+[.)]\s|:\w|\.\. |\||={3,}|-{3,})")
 
 
 @dataclass(frozen=True)
@@ -154,8 +159,43 @@ def labelled_task(
 
 
 def pretraining_texts(docs: Sequence[PyDoc], task: LabelledTask) -> list[str]:
-    """The texts that are neither in the task's evaluation nor near-duplicates of it."""
-    return [doc.text for index, doc in enumerate(docs) if index not in task.evaluation_docs]
+    """The texts that are neither in the task's evaluation nor near-duplicates of it.
+
+    Lines that were wrapped by hand are joined, so that a line end is a sentence's.
+    """
+    return [
+        join_wrapped_lines(doc.text)
+        for index, doc in enumerate(docs)
+        if index not in task.evaluation_docs
+    ]
+
+
+def join_wrapped_lines(text: str) -> str:
+    """The text with each line that goes on in the next joined to it.
+
+    A line goes on where it is long, does not end in a colon and is no prompt, and the next has
+    the same indentation (or hangs under a list item) and begins no item, prompt, field or rule.
+    """
+    lines: list[str] = []
+    before = ""
+    for line in text.split("\n"):
+        deeper = _indentation(line) - _indentation(before)
+        hangs = deeper == 0 or (deeper > 0 and _OWN_LINE.match(before) is not None)
+        goes_on = (
+            len(before) >= _WRAPPED_FROM
+            and not before.rstrip().endswith(":")
+            and not _PROMPT.match(before)
+        )
+        if goes_on and hangs and line.strip() and not _OWN_LINE.match(line):
+            lines[-1] = f"{lines[-1].rstrip()} {line.strip()}"
+        else:
+            lines.append(line)
+        before = line
+    return "\n".join(lines)
+
+
+def _indentation(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
 def _library_folder(library: str) -> Path | None:

@@ -88,15 +88,29 @@ class Optimizers:
         }
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state_tensors`."""
+        """The inverse of `state_tensors`.
+
+        Raises:
+            ValueError: a tensor belongs to no parameter, or has another shape than its own.
+        """
         entries: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             name, _, entry = key.rpartition("/")
             entries.setdefault(name, {})[entry] = value
+        unknown = entries.keys() - set(self.names.values())
+        if unknown:
+            raise ValueError(f"{min(unknown)} is no parameter of the model")
         for optimizer in self.optimizers:
             for parameter in _parameters(optimizer):
-                if self.names[parameter] in entries:
-                    optimizer.state[parameter] = entries[self.names[parameter]]
+                name = self.names[parameter]
+                for entry, value in entries.get(name, {}).items():
+                    # counters are scalars
+                    if value.ndim and value.shape != parameter.shape:
+                        raise ValueError(
+                            f"{name}/{entry} has shape {list(value.shape)}, "
+                            f"the parameter has {list(parameter.shape)}"
+                        )
+                    optimizer.state[parameter][entry] = value.to(parameter.device)
 
     def _assert_covered(self, model: nn.Module) -> None:
         covered = [p for optimizer in self.optimizers for p in _parameters(optimizer)]

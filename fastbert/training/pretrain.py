@@ -18,8 +18,8 @@ from fastbert.data.corpus import read_documents
 from fastbert.data.objectives import Objective
 from fastbert.data.stream import PretrainingStream, StreamConfig, prefetch
 from fastbert.data.tokenized import TokenizedCorpus
-from fastbert.files import atomic_write
 from fastbert.errors import InputError
+from fastbert.files import atomic_write
 from fastbert.models import BertForMaskedLM, BertForPreTraining
 from fastbert.tokenizer import Tokenizer
 from fastbert.training.curves import draw_curves
@@ -58,7 +58,7 @@ class PretrainConfig:
         default=None, metadata={"help": "end after so many minutes; warm-up and decay follow"}
     )
     max_steps: int | None = field(default=None, metadata={"help": "end after so many steps"})
-    token_budget: int = field(default=4096, metadata={"help": "tokens a batch"})
+    token_budget: int = field(default=2048, metadata={"help": "tokens a batch"})
     max_seq_len: int = field(
         default=128, metadata={"help": "tokens a sequence at most; the model's positions"}
     )

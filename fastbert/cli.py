@@ -1,0 +1,281 @@
+"""The `fastbert` command. Each sub-command parses its flags and calls one function."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastbert import __version__
+from fastbert.errors import InputError
+
+Handler = Callable[[argparse.Namespace], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: without the program's name; None for the process's own.
+
+    Returns:
+        The exit status: 0, or 2 after bad input, which is explained in one line.
+    """
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    try:
+        given.handler(given)
+    except InputError as error:
+        print(f"fastbert: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # the reader has gone, as `head` does; nothing is left to say, also not at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("fastbert: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastbert", description="Train, fine-tune and use BERT without computing padding."
+    )
+    parser.add_argument("--version", action="version", version=f"fastbert {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in (
+        _add_demo,
+        _add_corpus,
+        _add_tokenizer,
+        _add_pretrain,
+        _add_finetune,
+        _add_predict,
+        _add_fill_mask,
+        _add_evaluate,
+        _add_doctor,
+    ):
+        add(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, handler: Handler, summary: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    parser = _command(
+        commands, "demo", _demo, "the whole way on this machine: text, vocabulary, BERT, classifier"
+    )
+    parser.add_argument("--out", default="runs/demo", help="folder of the run (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=4.0, help="of pre-training (%(default)s)")
+    parser.add_argument("--size", default="mini", help="tiny to large (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="replace an earlier demo in --out")
+
+
+def _demo(given: argparse.Namespace) -> None:
+    from fastbert.demo import run_demo
+
+    run_demo(given.out, given.minutes, size=given.size, seed=given.seed, fresh=given.fresh)
+
+
+def _add_corpus(commands: Any) -> None:
+    parser = _command(commands, "corpus", _corpus, "write text that every machine has")
+    parser.add_argument("kind", choices=["python-docs"], help="docstrings of installed libraries")
+    parser.add_argument("--out", required=True, help="a .jsonl file: text, label, module, name")
+
+
+def _corpus(given: argparse.Namespace) -> None:
+    from fastbert.data.python_docs import collect, write_jsonl
+
+    docs = collect()
+    write_jsonl(docs, given.out)
+    words = sum(len(doc.text.split()) for doc in docs)
+    print(f"{given.out}: {len(docs):,} docstrings, {words:,} words")
+
+
+def _add_tokenizer(commands: Any) -> None:
+    parser = commands.add_parser("tokenizer", help="train a WordPiece vocabulary")
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    train = _command(actions, "train", _train_tokenizer, "train a WordPiece vocabulary on text")
+    train.add_argument("sources", nargs="+", help="files, globs or folders of text")
+    train.add_argument("--vocab-size", type=int, default=30522, help="(%(default)s)")
+    train.add_argument("--cased", action="store_true", help="keep capitals and accents")
+    train.add_argument("--out", required=True, help="folder for tokenizer.json and vocab.txt")
+    _add_doc_sep(train)
+
+
+def _train_tokenizer(given: argparse.Namespace) -> None:
+    from fastbert.data.corpus import read_documents
+    from fastbert.tokenizer import train_tokenizer
+
+    documents = read_documents(given.sources, doc_sep=given.doc_sep)
+    tokenizer = train_tokenizer(
+        (document.text for document in documents),
+        given.vocab_size,
+        lowercase=not given.cased,
+        progress=sys.stderr.isatty(),
+    )
+    tokenizer.save_pretrained(given.out)
+    print(f"{given.out}: vocabulary of {tokenizer.vocab_size:,}")
+
+
+def _add_pretrain(commands: Any) -> None:
+    from fastbert.training.pretrain import PretrainConfig
+
+    parser = _command(commands, "pretrain", _pretrain, "pre-train an encoder on text")
+    parser.add_argument("sources", nargs="+", help="files, globs or folders of text")
+    parser.add_argument("--tokenizer", required=True, help="folder or file of the vocabulary")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    _add_doc_sep(parser)
+    _add_fields(parser, PretrainConfig)
+
+
+def _pretrain(given: argparse.Namespace) -> None:
+    from fastbert.training.pretrain import PretrainConfig, pretrain
+
+    pretrain(
+        given.sources,
+        given.tokenizer,
+        _from_flags(PretrainConfig, given),
+        doc_sep=given.doc_sep,
+        resume=given.resume,
+    )
+
+
+def _add_finetune(commands: Any) -> None:
+    from fastbert.training.finetune import FinetuneConfig
+
+    parser = commands.add_parser("finetune", help="train a pre-trained model on a task")
+    tasks = parser.add_subparsers(metavar="TASK", required=True)
+    classify = _command(tasks, "classify", _finetune_classify, "one class a text, or pair of texts")
+    _add_fields(classify, FinetuneConfig)
+
+
+def _finetune_classify(given: argparse.Namespace) -> None:
+    from fastbert.training.finetune import FinetuneConfig, finetune_classify
+
+    finetune_classify(_from_flags(FinetuneConfig, given))
+
+
+def _add_predict(commands: Any) -> None:
+    parser = _command(
+        commands, "predict", _predict, "classify the lines of standard input, or of files"
+    )
+    parser.add_argument("--model", required=True, help="a run of finetune, or its model folder")
+    parser.add_argument("files", nargs="*", help="one text a line; standard input where none")
+    parser.add_argument("--dtype", default="auto", help="auto, fp32 or bf16")
+
+
+def _predict(given: argparse.Namespace) -> None:
+    from fastbert.tasks.predict import predict
+    from fastbert.training.loop import compute_dtype, default_device
+
+    predict(given.model, given.files, dtype=compute_dtype(given.dtype, default_device()))
+
+
+def _add_fill_mask(commands: Any) -> None:
+    parser = _command(commands, "fill-mask", _fill_mask, "the likeliest words for [MASK]")
+    parser.add_argument("texts", nargs="+", help='such as "The whale [MASK] beneath the ship."')
+    parser.add_argument("--model", required=True, help="a run of pretrain, or its model folder")
+    parser.add_argument("--top", type=int, default=5, help="words a blank (%(default)s)")
+
+
+def _fill_mask(given: argparse.Namespace) -> None:
+    from fastbert.models import BertForMaskedLM, resolve_model
+    from fastbert.tasks.fill_mask import fill_mask
+    from fastbert.tokenizer import Tokenizer
+
+    folder = resolve_model(given.model)
+    model, tokenizer = BertForMaskedLM.from_pretrained(folder), Tokenizer.from_pretrained(folder)
+    for text, blanks in zip(
+        given.texts, fill_mask(model, tokenizer, given.texts, given.top), strict=True
+    ):
+        print(text)
+        for blank in blanks:
+            print("  " + "  ".join(f"{word} {share:.1%}" for word, share in blank.words))
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = _command(
+        commands, "evaluate", _evaluate, "masked-LM loss and accuracy on text, and of the pairs"
+    )
+    parser.add_argument("sources", nargs="+", help="files, globs or folders of text")
+    parser.add_argument("--model", required=True, help="a run of pretrain, or its model folder")
+    parser.add_argument("--max-seq-len", type=int, help="tokens a sequence (the model's)")
+    parser.add_argument("--objective", help="mlm, mlm+nsp or mlm+sop (the model's)")
+    parser.add_argument("--dtype", default="auto", help="auto, fp32 or bf16")
+    _add_doc_sep(parser)
+
+
+def _evaluate(given: argparse.Namespace) -> None:
+    from fastbert.training.evaluation import evaluate_text
+
+    figures = evaluate_text(
+        given.model,
+        given.sources,
+        doc_sep=given.doc_sep,
+        objective=given.objective,
+        max_seq_len=given.max_seq_len,
+        dtype=given.dtype,
+    )
+    for name, value in figures.items():
+        print(f"{name:<16} {value:.4f}")
+
+
+def _add_doctor(commands: Any) -> None:
+    _command(commands, "doctor", _doctor, "versions, devices, which path runs and why")
+
+
+def _doctor(given: argparse.Namespace) -> None:
+    from fastbert.doctor import diagnose
+
+    print("\n".join(diagnose()))
+
+
+def _add_doc_sep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--doc-sep",
+        default="auto",
+        choices=["auto", "blank", "line", "file"],
+        help="what separates documents in text files; the guess is printed (%(default)s)",
+    )
+
+
+def _add_fields(parser: argparse.ArgumentParser, config: type) -> None:
+    """A flag for every field of a configuration; help and default come from the field."""
+    for name, kind in typing.get_type_hints(config).items():
+        field = config.__dataclass_fields__[name]  # type: ignore[attr-defined]
+        flag, text = "--" + name.replace("_", "-"), field.metadata["help"]
+        if kind is bool:
+            parser.add_argument(
+                flag, action=argparse.BooleanOptionalAction, help=text, default=field.default
+            )
+            continue
+        required = field.default is dataclasses.MISSING
+        optional = isinstance(kind, types.UnionType)
+        kind = typing.get_args(kind)[0] if optional else kind
+        shown = "" if required or field.default is None else " (%(default)s)"
+        parser.add_argument(
+            flag,
+            type=kind,
+            required=required,
+            default=None if required else field.default,
+            help=text.replace("%", "%%") + shown,
+        )
+
+
+def _from_flags(config: type, given: argparse.Namespace) -> Any:
+    return config(**{f.name: getattr(given, f.name) for f in dataclasses.fields(config)})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

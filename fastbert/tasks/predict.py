@@ -1,0 +1,208 @@
+"""Answers for the lines of files or of standard input, by a saved classifier."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fastbert.checkpoint import WEIGHTS_FILE
+from fastbert.config import EncoderConfig
+from fastbert.data.text_files import Line, counted, decoded_lines
+from fastbert.errors import InputError
+from fastbert.files import atomic_write
+from fastbert.models import BertForSequenceClassification, resolve_model
+from fastbert.tasks.classify import classify
+from fastbert.tokenizer import Tokenizer
+
+TASK_FILE = "task.json"
+# enough to fill batches well, and little enough that answers come soon
+LINES_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What config.json has no field for, written beside it.
+
+    Attributes:
+        pair: whether the model was trained on pairs of texts.
+        max_seq_len: tokens a sequence in training; None for the model's positions.
+    """
+
+    pair: bool = False
+    max_seq_len: int | None = None
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `task.json`."""
+        with atomic_write(Path(folder) / TASK_FILE) as file:
+            json.dump({"task": "classify", **asdict(self)}, file, indent=2)
+            file.write("\n")
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike[str]) -> TaskFacts:
+        """Read `task.json`; a folder without one holds a classifier of single texts."""
+        path = Path(folder) / TASK_FILE
+        if not path.is_file():
+            return cls()
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            return cls(bool(raw["pair"]), raw["max_seq_len"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: unreadable: {error}") from None
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model with all that is needed to ask it."""
+
+    model: BertForSequenceClassification
+    tokenizer: Tokenizer
+    facts: TaskFacts
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> Classifier:
+        """Load a run of `finetune classify`, or a model folder, also one of transformers.
+
+        Raises:
+            InputError: no model, no classifier, or broken files.
+        """
+        folder = resolve_model(path)
+        config = EncoderConfig.from_pretrained(folder)
+        config.labels = config.labels or _unnamed_labels(folder)
+        model = BertForSequenceClassification.from_pretrained(folder, config=config)
+        return cls(model, Tokenizer.from_pretrained(folder), TaskFacts.read(folder))
+
+
+def predict(
+    model: str | os.PathLike[str],
+    files: Sequence[str] = (),
+    *,
+    dtype: torch.dtype = torch.float32,
+    out: IO[str] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> None:
+    """Write "label TAB probability TAB line" for every line of text.
+
+    Args:
+        model: a run of `finetune classify`, or its model folder.
+        files: UTF-8, one text a line, plain or .gz; standard input where none is named.
+            A classifier of pairs reads "text TAB second text". A blank line is answered by a
+            blank line, so that answers and texts stay side by side.
+        dtype: of matrix products.
+        out: standard output where None.
+        say: told of blank lines and cut texts; standard error where None.
+
+    Raises:
+        InputError: no classifier, no text, undecodable bytes, or a line that is not a pair where
+            pairs are wanted.
+    """
+    for name in files:
+        if not Path(name).is_file():
+            raise InputError(f"{name}: no such file")
+    classifier = Classifier.from_pretrained(model)
+    classifier.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    out = out or sys.stdout
+    say = say or _to_standard_error
+    if files:
+        sources = [(name, decoded_lines(Path(name))) for name in files]
+    else:
+        sources = [("standard input", standard_input_lines(sys.stdin.buffer))]
+    texts = blank = 0
+    for name, lines in sources:
+        at_once = 1 if not files and sys.stdin.isatty() else LINES_AT_ONCE
+        before = texts + blank
+        while some := list(islice(lines, at_once)):
+            answers = answer_lines(classifier, some, name, dtype=dtype, say=say)
+            out.write("".join(f"{answer}\n" for answer in answers))
+            out.flush()
+            texts += sum(map(bool, answers))
+            blank += len(answers) - sum(map(bool, answers))
+        if texts + blank == before:
+            raise InputError(f"{name}: is empty; one text a line is wanted")
+    if blank:
+        say(f"{counted(blank, 'blank line')}: answered by blank lines")
+
+
+def answer_lines(
+    classifier: Classifier,
+    lines: Sequence[Line],
+    source: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    say: Callable[[str], None] | None = None,
+) -> list[str]:
+    """One answer a line, without line ends; "" for a blank line."""
+    asked = [line for line in lines if line.text.strip()]
+    texts, seconds = [line.text for line in asked], None
+    if classifier.facts.pair:
+        pairs = [_pair(line, source) for line in asked]
+        texts, seconds = [first for first, _ in pairs], [second for _, second in pairs]
+    found = classify(
+        classifier.model,
+        classifier.tokenizer,
+        texts,
+        seconds,
+        max_seq_len=classifier.facts.max_seq_len,
+        dtype=dtype,
+        say=say,
+    )
+    best = found.probabilities.max(axis=-1, initial=0.0)
+    answers = iter(
+        f"{label}\t{share:.4f}\t{line.text}"
+        for label, share, line in zip(found.labels, best, asked, strict=True)
+    )
+    return [next(answers) if line.text.strip() else "" for line in lines]
+
+
+def standard_input_lines(stream: IO[bytes]) -> Iterator[Line]:
+    """Lines of a byte stream, decoded.
+
+    Raises:
+        InputError: bytes that are not UTF-8.
+    """
+    offset = 0
+    for number, raw in enumerate(stream, 1):
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"standard input: line {number}, byte {offset + error.start}: not UTF-8"
+            ) from None
+        offset += len(raw)
+        yield Line((text.removeprefix("\ufeff") if number == 1 else text).rstrip("\r\n"), number)
+
+
+def _pair(line: Line, source: str) -> tuple[str, str]:
+    first, tab, second = line.text.partition("\t")
+    if not tab or "\t" in second:
+        tabs = line.text.count("\t")
+        raise InputError(
+            f"{source}:{line.number}: this model was trained on pairs: a line must be two texts "
+            f"with one tab between them, found {counted(tabs, 'tab')}"
+        )
+    return first, second
+
+
+def _unnamed_labels(folder: Path) -> list[str]:
+    """Transformers leaves names out of config.json where nobody gave any."""
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            classes = file.get_slice("classifier.weight").get_shape()[0]
+    except (SafetensorError, OSError):
+        raise InputError(
+            f"{folder}: not a classifier: config.json names no labels; "
+            "`fastbert finetune classify` makes one"
+        ) from None
+    return [f"LABEL_{number}" for number in range(classes)]
+
+
+def _to_standard_error(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
