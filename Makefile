@@ -3,6 +3,7 @@
 
 OUT ?= runs/demo
 MINUTES ?= 4
+RESULTS ?= bench/results
 
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
@@ -25,7 +26,7 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow gpu-test bench lint format clean clean-all
+.PHONY: help demo test test-slow gpu-test gpu-bench compile-matrix bench lint format clean clean-all
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -40,8 +41,14 @@ test: $(STAMP)-test $(STAMP)-weights ## the tests, except the slow ones and thos
 test-slow: $(STAMP)-test $(STAMP)-weights ## the tests that take minutes
 	$(VENV_PYTHON) -m pytest -m slow
 
-gpu-test: ## the tests that need a GPU, with $PYTHON and what is installed there
-	$(PYTHON) -m pytest -m gpu
+gpu-test: ## what needs a GPU, tests and validator, with $PYTHON and what is installed there
+	$(PYTHON) -m fastbert.bench gpu-test --results $(RESULTS)
+
+gpu-bench: ## kernels beside their peers, with $PYTHON and what is installed there (RESULTS=folder)
+	$(PYTHON) -m fastbert.bench kernels --autotune --results $(RESULTS)
+
+compile-matrix: $(STAMP)-test ## every kernel compiled for every GPU generation; needs no GPU
+	$(VENV_PYTHON) -m fastbert.bench validate --compile
 
 bench: $(STAMP)-bench ## one optimiser step beside transformers
 	$(VENV_PYTHON) -m fastbert.bench train-step

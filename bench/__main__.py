@@ -12,6 +12,9 @@ from fastbert.errors import InputError
 COMMANDS = {
     "train-step": ("fastbert.bench.train_step", "one optimiser step beside transformers"),
     "validate": ("fastbert.bench.validate", "every kernel against fp64; --compile without a GPU"),
+    "kernels": ("fastbert.bench.kernels", "each operator beside its peers, on a GPU"),
+    "tune": ("fastbert.bench.tune", "launch configurations for this GPU"),
+    "gpu-test": ("fastbert.bench.gpu_test", "everything that needs a GPU, in one go"),
 }
 PROGRAM = "fastbert.bench"
 

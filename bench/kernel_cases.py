@@ -42,11 +42,17 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _dropout_arguments(variant: str) -> Any:
-    if variant != "dropout":
-        return None, None, None, 1, 1, 0.0
-    ids = _meta(ROWS, dtype=torch.int32)
-    return _meta(3, dtype=torch.int64), ids, ids, 1, 1, DROPOUT
+def _draw(variant: str) -> dict[str, Any]:
+    drops = variant == "dropout"
+    ids = _meta(ROWS, dtype=torch.int32) if drops else None
+    return {
+        "state": _meta(3, dtype=torch.int64) if drops else None,
+        "sequence_ids": ids,
+        "positions": ids,
+        "layer": 1,
+        "site": 1,
+        "dropout_p": DROPOUT if drops else 0.0,
+    }
 
 
 def _norm_fwd(width: int, variant: str) -> Any:
@@ -61,11 +67,11 @@ def _norm_fwd(width: int, variant: str) -> Any:
             None if bare else x,
             vector,
             vector,
-            *_dropout_arguments(variant),
-            1e-12,
-            dtype,
-            variant == "sum",
-            True,
+            **_draw(variant),
+            eps=1e-12,
+            dtype=dtype,
+            wants_total=variant == "sum",
+            wants_statistics=True,
         )
 
     return call
@@ -88,11 +94,11 @@ def _norm_bwd(width: int, variant: str) -> Any:
             vector,
             statistic,
             statistic,
-            *_dropout_arguments(variant),
-            total,
-            variant != "bare",
-            dtype,
-            dtype if variant == "dropout" else None,
+            **_draw(variant),
+            x_is_total=total,
+            wants_x_bias=variant != "bare",
+            dx_dtype=dtype,
+            dresidual_dtype=dtype if variant == "dropout" else None,
         )
 
     return call

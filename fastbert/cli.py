@@ -16,6 +16,13 @@ from fastbert.errors import InputError
 
 Handler = Callable[[argparse.Namespace], None]
 
+# commands of fastbert.bench, which reads their flags itself
+BENCH = {
+    "validate": "every kernel against fp64 on this machine; --compile needs no GPU",
+    "tune": "measure launch configurations on this GPU",
+    "bench": "measurements: kernels, train-step",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -26,8 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 after bad input, which is explained in one line.
     """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] and words[0] in BENCH:
+        return _bench(words)
     parser = _parser()
-    given = parser.parse_args(arguments)
+    given = parser.parse_args(words)
     try:
         given.handler(given)
     except InputError as error:
@@ -61,7 +71,15 @@ def _parser() -> argparse.ArgumentParser:
         _add_doctor,
     ):
         add(commands)
+    for name, summary in BENCH.items():
+        commands.add_parser(name, help=summary, add_help=False)
     return parser
+
+
+def _bench(words: list[str]) -> int:
+    from fastbert.bench.__main__ import main as bench
+
+    return bench(words[1:] if words[0] == "bench" else words)
 
 
 def _command(commands: Any, name: str, handler: Handler, summary: str) -> argparse.ArgumentParser:

@@ -28,6 +28,7 @@ ASSUMED_PROCESSORS = 4
 
 _override: str | None = os.environ.get("FASTBERT_BACKEND") or None
 _assumed_architecture: str | None = None
+_tried: dict[str, Launch] = {}
 _recorded: list[Recorded] | None = None
 _log = logging.getLogger("fastbert")
 
@@ -145,7 +146,12 @@ def run(
     if _recorded is not None:
         _recorded.append(Recorded(kernel, arguments, constants, launch))
         return
-    kernel[grid](*arguments, **constants, num_warps=launch.num_warps, num_stages=launch.num_stages)
+    device = arguments[0].device
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        kernel[grid](
+            *arguments, **constants, num_warps=launch.num_warps, num_stages=launch.num_stages
+        )
 
 
 def configure(kernel: str, tensor: Tensor, size: int) -> Launch:
@@ -165,6 +171,8 @@ def configure(kernel: str, tensor: Tensor, size: int) -> Launch:
 def measured(kernel: str, tensor: Tensor, size: int) -> Launch | None:
     """The override file's row or else the table's; None where nothing was measured."""
     key = (kernel, architecture(tensor.device), str(tensor.dtype).removeprefix("torch."), size)
+    if kernel in _tried:
+        return _tried[kernel]
     row = overrides().get(key) or TABLE.get(key)
     return row.launch if row else None
 
@@ -234,6 +242,16 @@ def assume_architecture(name: str) -> Iterator[None]:
         yield
     finally:
         _assumed_architecture = before
+
+
+@contextlib.contextmanager
+def trying(kernel: str, candidate: Launch) -> Iterator[None]:
+    """Inside, the kernel is launched as `candidate` says, whatever table and default hold."""
+    _tried[kernel] = candidate
+    try:
+        yield
+    finally:
+        del _tried[kernel]
 
 
 @contextlib.contextmanager

@@ -88,3 +88,13 @@ def test_the_key_follows_source_and_launch(quick):
         dataclasses.replace(wanted, num_warps=8)
     )
     assert compile_matrix._key(wanted) == compile_matrix._key(dataclasses.replace(wanted, case="x"))
+
+
+def test_the_quick_part_passes(quick, request):
+    # a minute or two on two processors, and seconds where nothing changed since
+    cache = request.config.cache.mkdir("compile_matrix")
+    rows = list(compile_matrix.run(quick, cache=cache))
+    assert len(rows) == len(quick)
+    assert not any(row.failures for row in rows), compile_matrix.table(rows)
+    largest = max(row.shared_bytes for row in rows)
+    assert largest <= compile_matrix.SAFE_SHARED_KIB * compile_matrix.KIB

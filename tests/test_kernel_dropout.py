@@ -18,7 +18,7 @@ if launch.INTERPRETED or DEVICE == "cuda":
     launch.require_triton(DEVICE)
     from fastbert.kernels.dropout import keep_factors, row_coordinates, subkey
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["rows", "layer", "site"])
     def mask_kernel(
         out_ptr, state_ptr, sequence_ids_ptr, positions_ptr,
         rows, layer, site,

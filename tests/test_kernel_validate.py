@@ -4,6 +4,7 @@ import itertools
 import json
 
 import pytest
+import torch
 from kernel_harness import runs_kernels
 
 from fastbert.bench import __main__ as bench
@@ -21,6 +22,11 @@ def one_shape(monkeypatch):
     """The checks of one LayerNorm shape and one feed-forward shape."""
     found = [*validate._norm_checks(5, 48), *validate._feed_forward_checks(5, 16, 40)]
     monkeypatch.setattr(validate, "checks", lambda small: iter(found))
+
+
+@pytest.fixture
+def one_dtype(monkeypatch):
+    monkeypatch.setattr(validate, "DTYPES", [torch.float32])
 
 
 def test_all_is_well(one_shape, capsys):
@@ -53,7 +59,9 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("kernel, output, operator", BROKEN)
-def test_a_broken_kernel_is_found(kernel, output, operator, one_shape, monkeypatch, capsys):
+def test_a_broken_kernel_is_found(
+    kernel, output, operator, one_shape, one_dtype, monkeypatch, capsys
+):
     right = getattr(autograd, kernel)
 
     def wrong(*arguments):
@@ -69,7 +77,8 @@ def test_a_broken_kernel_is_found(kernel, output, operator, one_shape, monkeypat
     assert failed and all(operator in line for line in failed)
 
 
-def test_a_kernel_that_leaves_nan_is_found(one_shape, monkeypatch, capsys):
+@pytest.mark.usefixtures("one_shape", "one_dtype")
+def test_a_kernel_that_leaves_nan_is_found(monkeypatch, capsys):
     right = autograd.bias_activation_fwd
 
     def wrong(*arguments):
