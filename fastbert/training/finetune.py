@@ -14,7 +14,7 @@ from typing import IO, Any
 import torch
 
 from fastbert.config import EncoderConfig
-from fastbert.data.epochs import EpochStream
+from fastbert.data.epochs import EpochStream, steps_an_epoch
 from fastbert.data.stream import Position
 from fastbert.errors import InputError
 from fastbert.files import atomic_write
@@ -33,7 +33,7 @@ from fastbert.training.loop import (
     train,
 )
 from fastbert.training.meter import Meter
-from fastbert.training.optimizer import Optimizers
+from fastbert.training.optimizer import OPTIMIZERS, Optimizers
 from fastbert.training.schedule import Budget
 from fastbert.training.state import (
     TrainState,
@@ -122,6 +122,10 @@ class FinetuneConfig:
                 raise InputError(f"--{flag} must be {bound} {lowest}, got {value}")
         if not 0.0 <= self.warmup < 1.0:
             raise InputError(f"--warmup must be in [0, 1), got {self.warmup}")
+        if self.optimizer not in OPTIMIZERS:
+            raise InputError(
+                f"--optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}"
+            )
         compute_dtype(self.dtype, torch.device("cpu"))
 
     def steps(self, steps_an_epoch: int) -> int:
@@ -173,6 +177,7 @@ def finetune_classify(config: FinetuneConfig, say: Callable[[str], None] = print
     say(evaluation.describe())
     labels = label_set(training.rows, config.train)
     check_labels(evaluation.rows, labels, config.eval)
+    steps_an_epoch(len(training.rows), config.batch_size, config.accumulation)
     tokenizer = Tokenizer.from_pretrained(source)
     model, fresh = load_for_labels(source, labels, config.seed)
     if fresh:
