@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +17,10 @@ from fastbert.data.epochs import EpochStream, steps_an_epoch
 from fastbert.data.stream import Position
 from fastbert.errors import InputError
 from fastbert.files import atomic_write
-from fastbert.models import BertForSequenceClassification, BertModel, resolve_model
+from fastbert.models import BertForSequenceClassification, resolve_model
 from fastbert.packing import Examples
+from fastbert.tasks.classifier import TaskFacts, load_for_labels
 from fastbert.tasks.classify import build_examples, check_labels, label_set, score
-from fastbert.tasks.predict import TaskFacts
 from fastbert.tasks.table import Row, read_same_columns, read_table
 from fastbert.tokenizer import Tokenizer
 from fastbert.training.curves import draw_curves
@@ -251,41 +250,6 @@ def finetune_from(
     say(f"{label}: {_summary(report)}")
     say(f"{label}: model in {folder / MODEL_FOLDER}")
     return report
-
-
-def load_for_labels(
-    folder: str | os.PathLike[str], labels: Sequence[str], seed: int = 0
-) -> tuple[BertForSequenceClassification, list[str]]:
-    """A saved model with a head for these labels: its own if it has the same, else a fresh one.
-
-    Args:
-        folder: of a model of any kind.
-        labels: the label set.
-        seed: of fresh weights.
-
-    Returns:
-        The model, and which of pooler and classifier are fresh.
-
-    Raises:
-        InputError: missing, damaged or foreign files.
-    """
-    saved = EncoderConfig.from_pretrained(folder)
-    config = dataclasses.replace(saved, labels=list(labels))
-    if saved.labels == config.labels:
-        model = BertForSequenceClassification.from_pretrained(
-            folder, config=config, new_heads=True, seed=seed
-        )
-        return model, _parts(model)
-    # another task's head may have another shape, or the same shape and another meaning
-    body = BertModel.from_pretrained(folder, config=config, new_heads=True, seed=seed)
-    model = BertForSequenceClassification.from_config(config, seed)
-    model.load_state_dict(body.state_dict(), strict=False)
-    return model, [*_parts(body), "classifier"]
-
-
-def _parts(model: Any) -> list[str]:
-    """Modules with weights that the folder lacked."""
-    return sorted({name.partition(".")[0] for name in model.fresh_parameters}, reverse=True)
 
 
 @dataclass

@@ -47,6 +47,8 @@ class LoopConfig:
     accumulation: int = 1
     # gradient norm above which gradients are scaled down; 0 for never
     clip_norm: float = 1.0
+    # weight of the sequence objective in the sum of losses
+    sequence_weight: float = 1.0
     # dropout as the model's configuration has it
     dropout: bool = True
     seed: int = 0
@@ -147,6 +149,7 @@ def accumulate(
     device: torch.device,
     dtype: torch.dtype,
     rng: Rng | None = None,
+    sequence_weight: float = 1.0,
 ) -> StepResult:
     """Gradients of one optimiser step: k micro-batches give what one batch of them all would.
 
@@ -156,8 +159,9 @@ def accumulate(
         device: where the model is.
         dtype: of matrix products.
         rng: names the step's dropout draws; None for no dropout.
+        sequence_weight: of the sequence objective in the sum of losses.
     """
-    targets = Targets.of(*micro_batches)
+    targets = Targets.of(*micro_batches, sequence_weight=sequence_weight)
     result = StepResult(sum(b.num_tokens for b in micro_batches), targets)
     for number, batch in enumerate(micro_batches):
         on_device = batch.to(device, non_blocking=True) if device.type != "cpu" else batch
@@ -211,7 +215,14 @@ def train(
                 break
             rng = Rng(config.seed, state.step) if config.dropout else None
             micro_batches = [batch for batch, _ in window]
-            result = accumulate(model, micro_batches, device=device, dtype=dtype, rng=rng)
+            result = accumulate(
+                model,
+                micro_batches,
+                device=device,
+                dtype=dtype,
+                rng=rng,
+                sequence_weight=config.sequence_weight,
+            )
             if config.clip_norm:
                 nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
             optimizers.step(learning_rate_factor(config.schedule, progress, config.warmup))
@@ -220,16 +231,24 @@ def train(
             state.position = window[-1][1]
             state.seconds = time.monotonic() - started
             meter.step(state, result, optimizers.learning_rate(), config.budget)
+            checkpoint_due = state.seconds - saved >= 60.0 * config.checkpoint_minutes
+            if interruption.requested or checkpoint_due:
+                # no checkpoint of steps whose losses nobody has looked at
+                meter.flush(state, optimizers.learning_rate(), config.budget)
             _refuse_non_finite(meter.last_loss, state)
             if interruption.requested:
                 save_checkpoint(folder, state, model, optimizers)
                 return False
             if evaluate and state.seconds - evaluated >= 60.0 * config.evaluate_minutes:
-                meter.evaluation(state, evaluate())
+                with meter.paused():
+                    meter.evaluation(state, evaluate())
                 evaluated = state.seconds = time.monotonic() - started
-            if state.seconds - saved >= 60.0 * config.checkpoint_minutes:
-                save_checkpoint(folder, state, model, optimizers)
+            if checkpoint_due:
+                with meter.paused():
+                    save_checkpoint(folder, state, model, optimizers)
                 saved = state.seconds = time.monotonic() - started
+    meter.flush(state, optimizers.learning_rate(), config.budget)
+    _refuse_non_finite(meter.last_loss, state)
     return True
 
 

@@ -72,6 +72,9 @@ class PretrainConfig:
         default=4e-3, metadata={"help": "peak of Muon's, for the layers' matrices"}
     )
     weight_decay: float = field(default=0.01, metadata={"help": "of matrices and embeddings"})
+    pair_weight: float = field(
+        default=1.0, metadata={"help": "of the pair objective in the sum of losses"}
+    )
     schedule: str = field(
         default="linear", metadata={"help": "constant, linear, cosine or wsd, after warm-up"}
     )
@@ -91,7 +94,12 @@ class PretrainConfig:
         if self.optimizer not in OPTIMIZERS:
             names = ", ".join(OPTIMIZERS)
             raise InputError(f"--optimizer must be one of {names}, got {self.optimizer!r}")
-        for name in ("learning_rate", "muon_learning_rate", "checkpoint_minutes"):
+        for name in (
+            "learning_rate",
+            "muon_learning_rate",
+            "pair_weight",
+            "checkpoint_minutes",
+        ):
             if not getattr(self, name) > 0:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{flag} must be more than 0, got {getattr(self, name)}")
@@ -105,6 +113,7 @@ class PretrainConfig:
             schedule=self.schedule,
             warmup=self.warmup,
             accumulation=self.accumulation,
+            sequence_weight=self.pair_weight,
             dropout=self.dropout > 0.0,
             seed=self.seed,
             dtype=self.dtype,
@@ -188,6 +197,8 @@ def pretrain(
     )
     if report:
         write_report(folder, report)
+    else:
+        say("to go on: the same command with --resume")
     return report
 
 
@@ -244,7 +255,7 @@ def pretrain_corpus(
         )
     meter.close()
     if not finished:
-        say(f"interrupted at step {state.step}; saved. To go on: the same command with --resume")
+        say(f"interrupted at step {state.step}; saved")
         return {}
     save_checkpoint(folder, state, model, optimizers)
     figures = evaluate_pretraining(model, scored, dtype)
