@@ -1,22 +1,22 @@
 from __future__ import annotations
 
 import io
-import json
 from types import SimpleNamespace
 
 import pytest
 from tiny import stirred, tiny_config, tiny_tokenizer
 
 from fastbert.errors import InputError
-from fastbert.models import BertForMaskedLM, BertForSequenceClassification
+from fastbert.models import BertForSequenceClassification
 from fastbert.tasks import predict as predict_module
+from fastbert.tasks.classifier import TaskFacts
 from fastbert.tasks.classify import classify
-from fastbert.tasks.predict import Classifier, TaskFacts, predict
+from fastbert.tasks.predict import predict
 
 
-def save(folder, *, pair: bool = False, architecture=BertForSequenceClassification):
+def save(folder, *, pair: bool = False):
     config = tiny_config(vocab_size=tiny_tokenizer().vocab_size)
-    model = stirred(architecture.from_config(config))
+    model = stirred(BertForSequenceClassification.from_config(config))
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     TaskFacts(pair, 40).save(folder)
@@ -97,30 +97,3 @@ def test_no_text_is_an_error(tmp_path, monkeypatch) -> None:
         ask(tmp_path, monkeypatch, b"")
     with pytest.raises(InputError, match=r"none.txt: no such file"):
         predict(tmp_path, [str(tmp_path / "none.txt")])
-
-
-def test_a_model_without_a_classifier(tmp_path) -> None:
-    config = tiny_config(vocab_size=tiny_tokenizer().vocab_size, labels=[])
-    BertForMaskedLM.from_config(config).save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"not a classifier: config.json names no labels"):
-        Classifier.from_pretrained(tmp_path)
-
-
-def test_unnamed_labels_get_the_names_transformers_gives_them(tmp_path) -> None:
-    save(tmp_path)
-    raw = json.loads((tmp_path / "config.json").read_text())
-    del raw["id2label"], raw["label2id"]
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    classifier = Classifier.from_pretrained(tmp_path)
-    assert classifier.model.config.labels == ["LABEL_0", "LABEL_1", "LABEL_2"]
-
-
-def test_facts_are_read_back_and_may_be_absent(tmp_path) -> None:
-    assert TaskFacts.read(tmp_path) == TaskFacts(pair=False, max_seq_len=None)
-    facts = TaskFacts(pair=True, max_seq_len=77)
-    facts.save(tmp_path)
-    assert TaskFacts.read(tmp_path) == facts
-    (tmp_path / "task.json").write_text("{}")
-    with pytest.raises(InputError, match=r"task.json: unreadable"):
-        TaskFacts.read(tmp_path)

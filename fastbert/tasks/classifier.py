@@ -76,13 +76,19 @@ class Classifier:
 
 
 def load_for_labels(
-    folder: str | os.PathLike[str], labels: Sequence[str], seed: int = 0
+    folder: str | os.PathLike[str],
+    labels: Sequence[str],
+    *,
+    dropout: float | None = None,
+    seed: int = 0,
 ) -> tuple[BertForSequenceClassification, list[str]]:
     """A saved model with a head for these labels: its own if it has the same, else a fresh one.
 
     Args:
         folder: of a model of any kind.
         labels: the label set.
+        dropout: of the encoder, and of the head unless config.json has one for it; None for the
+            saved model's.
         seed: of fresh weights.
 
     Returns:
@@ -93,6 +99,8 @@ def load_for_labels(
     """
     saved = EncoderConfig.from_pretrained(folder)
     config = dataclasses.replace(saved, labels=list(labels))
+    if dropout is not None:
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
     if saved.labels == config.labels:
         model = BertForSequenceClassification.from_pretrained(
             folder, config=config, new_heads=True, seed=seed

@@ -87,6 +87,9 @@ class FinetuneConfig:
     )
     weight_decay: float = field(default=0.01, metadata={"help": "of matrices and embeddings"})
     warmup: float = field(default=0.1, metadata={"help": "share of the run spent warming up"})
+    dropout: float = field(
+        default=0.1, metadata={"help": "in training, whatever pre-training had; 0 for none"}
+    )
     max_seq_len: int | None = field(
         default=None,
         metadata={"help": "tokens a sequence at most; default the model's positions"},
@@ -119,8 +122,9 @@ class FinetuneConfig:
             if value is not None and not (value > lowest if exclusive else value >= lowest):
                 flag, bound = name.replace("_", "-"), "more than" if exclusive else "at least"
                 raise InputError(f"--{flag} must be {bound} {lowest}, got {value}")
-        if not 0.0 <= self.warmup < 1.0:
-            raise InputError(f"--warmup must be in [0, 1), got {self.warmup}")
+        for name in ("warmup", "dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise InputError(f"--{name} must be in [0, 1), got {getattr(self, name)}")
         if self.optimizer not in OPTIMIZERS:
             raise InputError(
                 f"--optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}"
@@ -178,7 +182,7 @@ def finetune_classify(config: FinetuneConfig, say: Callable[[str], None] = print
     check_labels(evaluation.rows, labels, config.eval)
     steps_an_epoch(len(training.rows), config.batch_size, config.accumulation)
     tokenizer = Tokenizer.from_pretrained(source)
-    model, fresh = load_for_labels(source, labels, config.seed)
+    model, fresh = load_for_labels(source, labels, dropout=config.dropout, seed=config.seed)
     if fresh:
         say(f"{source}: new weights for the {' and '.join(fresh)}, the rest as read")
     _check_fit(model.config, tokenizer, config, str(source))
@@ -204,7 +208,7 @@ def finetune_from(
         model: `config.labels` of it is the label set; holds the kept weights afterwards.
         tokenizer: the model's.
         train_rows, eval_rows: their labels are in the label set.
-        config: model, train, eval and out of it are not looked at.
+        config: model, train, eval, out, the columns and dropout of it are not looked at.
         folder: of the run, there already; gets model/, report.json, metrics.jsonl, curves.png.
         label: in front of the progress bar.
         say: told what happens.
