@@ -50,6 +50,13 @@ def write_table(path: Path, rows: list[Row]) -> str:
     return str(path)
 
 
+@pytest.fixture(autouse=True)
+def pictures_where_they_are_looked_at(request, monkeypatch) -> None:
+    # a picture takes longer to draw than a tiny model to train
+    if request.function is not test_two_commands_worth_of_work:
+        monkeypatch.setattr(finetune, "draw_curves", lambda *_: None)
+
+
 @pytest.fixture
 def pretrained(tmp_path) -> Path:
     """A run of pre-training, as far as fine-tuning looks."""
