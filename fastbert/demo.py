@@ -152,8 +152,6 @@ def demo_config(out: str, minutes: float, size: str, seed: int) -> PretrainConfi
         token_budget=2048,
         max_seq_len=MAX_SEQ_LEN,
         dropout=0.0,
-        # four minutes are short for sentence order, which is learnt late
-        pair_weight=3.0,
         seed=seed,
         evaluate_minutes=1.0,
         checkpoint_minutes=max(minutes, 1.0),

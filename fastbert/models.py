@@ -92,21 +92,15 @@ class Targets:
     Attributes:
         masked: of the masked-LM objective.
         labelled: of the sequence objective.
-        sequence_weight: of the sequence objective in the sum of losses.
     """
 
     masked: int = 0
     labelled: int = 0
-    sequence_weight: float = 1.0
 
     @classmethod
-    def of(cls, *batches: PackedBatch, sequence_weight: float = 1.0) -> Targets:
+    def of(cls, *batches: PackedBatch) -> Targets:
         """Count the targets of these batches; known on the host, no synchronisation."""
-        return cls(
-            sum(b.num_masked for b in batches),
-            sum(b.num_labelled for b in batches),
-            sequence_weight,
-        )
+        return cls(sum(b.num_masked for b in batches), sum(b.num_labelled for b in batches))
 
 
 class Model(nn.Module):
@@ -374,7 +368,7 @@ def _sequence_loss(
     loss_sum = F.cross_entropy(wide, sequence_labels, ignore_index=IGNORE_INDEX, reduction="sum")
     output.sequence_loss_sum = loss_sum.detach()
     output.sequence_correct = (logits.argmax(dim=-1) == sequence_labels).sum()
-    _add_loss(output, targets.sequence_weight * loss_sum, targets.labelled)
+    _add_loss(output, loss_sum, targets.labelled)
 
 
 def _add_loss(output: TrainingOutput, loss_sum: Tensor, targets: int) -> None:

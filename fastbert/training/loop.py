@@ -47,8 +47,6 @@ class LoopConfig:
     accumulation: int = 1
     # gradient norm above which gradients are scaled down; 0 for never
     clip_norm: float = 1.0
-    # weight of the sequence objective in the sum of losses
-    sequence_weight: float = 1.0
     # dropout as the model's configuration has it
     dropout: bool = True
     seed: int = 0
@@ -149,7 +147,6 @@ def accumulate(
     device: torch.device,
     dtype: torch.dtype,
     rng: Rng | None = None,
-    sequence_weight: float = 1.0,
 ) -> StepResult:
     """Gradients of one optimiser step: k micro-batches give what one batch of them all would.
 
@@ -159,9 +156,8 @@ def accumulate(
         device: where the model is.
         dtype: of matrix products.
         rng: names the step's dropout draws; None for no dropout.
-        sequence_weight: of the sequence objective in the sum of losses.
     """
-    targets = Targets.of(*micro_batches, sequence_weight=sequence_weight)
+    targets = Targets.of(*micro_batches)
     result = StepResult(sum(b.num_tokens for b in micro_batches), targets)
     for number, batch in enumerate(micro_batches):
         on_device = batch.to(device, non_blocking=True) if device.type != "cpu" else batch
@@ -221,7 +217,6 @@ def train(
                 device=device,
                 dtype=dtype,
                 rng=rng,
-                sequence_weight=config.sequence_weight,
             )
             if config.clip_norm:
                 nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)

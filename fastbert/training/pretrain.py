@@ -72,9 +72,6 @@ class PretrainConfig:
         default=4e-3, metadata={"help": "peak of Muon's, for the layers' matrices"}
     )
     weight_decay: float = field(default=0.01, metadata={"help": "of matrices and embeddings"})
-    pair_weight: float = field(
-        default=1.0, metadata={"help": "of the pair objective in the sum of losses"}
-    )
     schedule: str = field(
         default="linear", metadata={"help": "constant, linear, cosine or wsd, after warm-up"}
     )
@@ -97,7 +94,6 @@ class PretrainConfig:
         for name in (
             "learning_rate",
             "muon_learning_rate",
-            "pair_weight",
             "checkpoint_minutes",
         ):
             if not getattr(self, name) > 0:
@@ -113,7 +109,6 @@ class PretrainConfig:
             schedule=self.schedule,
             warmup=self.warmup,
             accumulation=self.accumulation,
-            sequence_weight=self.pair_weight,
             dropout=self.dropout > 0.0,
             seed=self.seed,
             dtype=self.dtype,
