@@ -261,7 +261,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets = labels.masked_fill(ignored, 0)[:, None]
         wanted = any(ctx.needs_input_grad)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+        grad_weight, grad_bias = None, torch.zeros_like(bias)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         at_once = max(1, LOGITS_AT_ONCE // len(weight))
@@ -281,9 +281,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_bias += gradient.sum(dim=0)
                 gradient = gradient.to(narrow)
                 grad_hidden[rows] = gradient @ decoder
-                grad_weight += gradient.t() @ hidden[rows]
+                product = (gradient.t() @ hidden[rows]).to(weight.dtype)
+                # no zeros to fill and add to where one chunk is all
+                grad_weight = product if grad_weight is None else grad_weight.add_(product)
         ctx.mark_non_differentiable(correct)
         if wanted:
+            grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight
             ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return loss, correct
 

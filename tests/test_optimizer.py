@@ -44,12 +44,14 @@ def test_every_parameter_once_and_decay_where_it_belongs(name, architecture):
         assert decay == (0.0 if without else 0.07), parameter
 
 
-def test_muon_moves_the_layers_matrices_alone():
+def test_muon_moves_the_matrices_between_hidden_states_alone():
     groups = groups_of(Optimizers(model_of(), "muon", **RATES))
     by_muon = {name for name, (optimizer, _) in groups.items() if optimizer == "Muon"}
     parts = ("qkv", "attention_output", "intermediate", "output")
     assert by_muon == {
-        f"encoder.layers.{layer}.{part}.weight" for layer in range(2) for part in parts
+        *(f"encoder.layers.{layer}.{part}.weight" for layer in range(2) for part in parts),
+        "pooler.dense.weight",
+        "masked_lm.dense.weight",
     }
     assert {o for o, _ in groups_of(Optimizers(model_of(), "adamw", **RATES)).values()} == {"AdamW"}
 

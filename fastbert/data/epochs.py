@@ -37,19 +37,10 @@ class EpochStream:
     def __init__(
         self, examples: Examples, batch_size: int, accumulation: int = 1, seed: int = 0
     ) -> None:
-        for flag, value in (("--batch-size", batch_size), ("--accumulation", accumulation)):
-            if value < 1:
-                raise InputError(f"{flag} must be at least 1, got {value}")
         self.examples = examples
         self.seed = seed
         self.accumulation = accumulation
-        self.steps = -(-len(examples) // batch_size)
-        smallest = len(examples) // max(self.steps, 1)
-        if accumulation > smallest:
-            raise InputError(
-                f"--accumulation must be at most the {smallest} examples of a step, "
-                f"got {accumulation}"
-            )
+        self.steps = steps_an_epoch(len(examples), batch_size, accumulation)
 
     def deal(self, epoch: int) -> list[np.ndarray]:
         """Indices of the examples of each micro-batch of an epoch, `steps * accumulation` long."""
@@ -71,6 +62,24 @@ class EpochStream:
             chosen = dealt[number]
             batch = self.examples.batch(chosen, snug_capacity(self.examples.lengths[chosen]))
             yield batch, Position(position.epoch, 0, number + 1)
+
+
+def steps_an_epoch(examples: int, batch_size: int, accumulation: int = 1) -> int:
+    """Optimiser steps that so many examples are dealt into.
+
+    Raises:
+        InputError: as `EpochStream`.
+    """
+    for flag, value in (("--batch-size", batch_size), ("--accumulation", accumulation)):
+        if value < 1:
+            raise InputError(f"{flag} must be at least 1, got {value}")
+    steps = -(-examples // batch_size)
+    smallest = examples // max(steps, 1)
+    if accumulation > smallest:
+        raise InputError(
+            f"--accumulation must be at most the {smallest} examples of a step, got {accumulation}"
+        )
+    return steps
 
 
 def snug_capacity(lengths: np.ndarray) -> Capacity:

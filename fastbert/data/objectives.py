@@ -62,7 +62,7 @@ class Objective:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             return cls.parse(raw["objective"]), int(raw["max_seq_len"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: unreadable: {error}") from None
 
     def save(self, folder: str | os.PathLike[str], max_seq_len: int) -> None:
@@ -114,6 +114,9 @@ def plan_samples(
 
     Whole sentences are gathered while they fit (a sentence longer than the room is cut). With a
     pair objective a piece is split at a sentence end, or between tokens where it has only one.
+    For next-sentence prediction sentences are gathered until the room is full, and pairs cut to
+    it, as the published code does: pairs of either label are then cut alike, and neither their
+    lengths nor a segment that starts inside a sentence gives the label away.
 
     Args:
         corpus: tokens with the starts of sentences and documents.
@@ -122,7 +125,7 @@ def plan_samples(
         rng: this epoch's.
     """
     room = max_seq_len - objective.added_tokens
-    pieces = _cut_pieces(corpus, room, rng)
+    pieces, limits = _cut_pieces(corpus, room, rng, overfull=objective.pair == "nsp")
     if objective.pair is None:
         empty = np.zeros_like(pieces)
         return Samples(pieces, empty, np.full(len(pieces), IGNORE_INDEX, dtype=np.int64))
@@ -134,9 +137,13 @@ def plan_samples(
     if objective.pair == "sop":
         first[changed], second[changed] = second[changed], first[changed]
     else:
-        second[changed] = _random_segments(corpus, pieces[changed], room, rng)
+        wanted = np.minimum(limits, pieces[:, 1] - pieces[:, 0]) - (splits - pieces[:, 0])
+        second[changed] = _random_segments(
+            corpus, first[changed], np.maximum(wanted[changed], 1), room, rng
+        )
         _truncate_pairs(first, second, room, rng)
     first[~paired] = pieces[~paired]
+    first[:, 1] = np.minimum(first[:, 1], first[:, 0] + room)
     second[~paired] = 0
     labels = np.where(paired, changed.astype(np.int64), IGNORE_INDEX)
     return Samples(first, second, labels)
@@ -219,24 +226,36 @@ def mask_tokens(
     examples.input_ids[chosen] = shown
 
 
-def _cut_pieces(corpus: TokenizedCorpus, room: int, rng: np.random.Generator) -> np.ndarray:
+def _cut_pieces(
+    corpus: TokenizedCorpus, room: int, rng: np.random.Generator, *, overfull: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ranges [pieces, 2], and the length that each was to have, [pieces].
+
+    A piece ends with the last sentence that fits; where `overfull`, with the first that does not.
+    """
     ends = corpus.sentence_starts[1:].tolist()
     bounds = corpus.sentence_starts[corpus.document_starts].tolist()
     pieces: list[tuple[int, int]] = []
+    limits: list[int] = []
     # scalar draws: numpy's cost microseconds each
     draw = random.Random(int(rng.integers(1 << 62)))
     for start, document_end in pairwise(bounds):
         while start < document_end:
             limit = draw.randint(2, room) if draw.random() < SHORT_SEQUENCE_SHARE else room
-            if start + limit >= document_end:
+            cut = start + limit
+            if cut >= document_end:
                 end = document_end
             else:
-                # the last sentence end that fits, or a cut where the sentence is too long
-                last = bisect_right(ends, start + limit) - 1
-                end = ends[last] if last >= 0 and ends[last] > start else start + limit
+                following = bisect_right(ends, cut)
+                last = ends[following - 1] if following else 0
+                # a sentence longer than the room is cut where the room ends
+                end = last if last > start else cut
+                if overfull and last < cut and ends[following] - last <= room:
+                    end = ends[following]
             pieces.append((start, end))
+            limits.append(limit)
             start = end
-    return np.array(pieces, dtype=np.int64).reshape(-1, 2)
+    return np.array(pieces, dtype=np.int64).reshape(-1, 2), np.array(limits, dtype=np.int64)
 
 
 def _split_points(
@@ -255,9 +274,18 @@ def _split_points(
 
 
 def _random_segments(
-    corpus: TokenizedCorpus, pieces: np.ndarray, room: int, rng: np.random.Generator
+    corpus: TokenizedCorpus,
+    first: np.ndarray,
+    wanted: np.ndarray,
+    room: int,
+    rng: np.random.Generator,
 ) -> np.ndarray:
-    """Tokens of other documents, from a random sentence on, as many as fill the room."""
+    """Tokens of other documents than those of `first`: sentences until there are `wanted` tokens.
+
+    A random place in the rest of the corpus that still has as many tokens after it, so that the
+    segments end with their documents about as often as true continuations do. Where `first` ends
+    inside a sentence its true continuation starts inside one, and so does the random one.
+    """
     bounds = corpus.sentence_starts[corpus.document_starts]
     documents = len(bounds) - 1
     if documents < 2:
@@ -265,13 +293,18 @@ def _random_segments(
             "next-sentence prediction needs at least 2 documents, found 1 "
             "(--doc-sep splits the text otherwise, or use --objective mlm+sop)"
         )
-    own = np.searchsorted(bounds, pieces[:, 0], side="right") - 1
-    other = rng.integers(0, documents - 1, len(pieces))
-    other += other >= own
-    first, last = corpus.document_starts[other], corpus.document_starts[other + 1]
-    sentence = first + (rng.random(len(pieces)) * (last - first)).astype(np.int64)
-    start = corpus.sentence_starts[sentence]
-    return np.stack([start, np.minimum(start + room, bounds[other + 1])], axis=1)
+    starts = corpus.sentence_starts
+    own = np.searchsorted(bounds, first[:, 0], side="right") - 1
+    own_size = bounds[own + 1] - bounds[own]
+    place = (rng.random(len(first)) * (corpus.tokens - own_size)).astype(np.int64)
+    place += np.where(place >= bounds[own], own_size, 0)
+    other = np.searchsorted(bounds, place, side="right") - 1
+    place = np.maximum(np.minimum(place, bounds[other + 1] - wanted), bounds[other])
+    sentence = starts[np.searchsorted(starts, place, side="right") - 1]
+    start = np.where(np.isin(first[:, 1], starts), sentence, place)
+    full = np.searchsorted(starts, start + wanted, side="left")
+    end = np.minimum(starts[np.minimum(full, corpus.sentences)], start + room)
+    return np.stack([start, np.minimum(end, bounds[other + 1])], axis=1)
 
 
 def _truncate_pairs(

@@ -109,7 +109,11 @@ class PretrainingStream:
             for number in range(self.position.batch, len(batches)):
                 self.position = Position(epoch, window, number + 1)
                 chosen = np.sort(batches[order[number]])
-                yield examples.batch(chosen, self._capacity(examples, chosen))
+                batch = examples.batch(chosen, self._capacity(examples, chosen))
+                if config.fixed_shapes:
+                    # a compiled step is built for one value of it
+                    batch.max_seqlen = config.max_seq_len
+                yield batch
             self.position = Position(epoch, window + 1, 0)
 
     def _most_sequences(self) -> int:
@@ -135,9 +139,9 @@ def prefetch(
 ) -> Generator[tuple[PackedBatch, Position], None, None]:
     """Batches prepared by a thread, each with the position after it, for a resume.
 
-    The thread ends when the iterator is closed.
+    The thread ends when the iterator is closed, or with the stream.
     """
-    ready: queue.Queue[tuple[PackedBatch, Position] | BaseException] = queue.Queue(depth)
+    ready: queue.Queue[tuple[PackedBatch, Position] | BaseException | None] = queue.Queue(depth)
     closed = threading.Event()
 
     def produce() -> None:
@@ -146,6 +150,7 @@ def prefetch(
                 _put(ready, (batch, stream.position), closed)
                 if closed.is_set():
                     return
+            _put(ready, None, closed)
         except BaseException as error:
             _put(ready, error, closed)
 
@@ -153,6 +158,8 @@ def prefetch(
     try:
         while True:
             item = ready.get()
+            if item is None:
+                return
             if isinstance(item, BaseException):
                 raise item
             yield item
@@ -168,8 +175,8 @@ def heldout_batches(
 
 
 def _put(
-    ready: queue.Queue[tuple[PackedBatch, Position] | BaseException],
-    item: tuple[PackedBatch, Position] | BaseException,
+    ready: queue.Queue[tuple[PackedBatch, Position] | BaseException | None],
+    item: tuple[PackedBatch, Position] | BaseException | None,
     closed: threading.Event,
 ) -> None:
     while not closed.is_set():

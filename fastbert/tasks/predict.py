@@ -2,83 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from fastbert.checkpoint import WEIGHTS_FILE
-from fastbert.config import EncoderConfig
 from fastbert.data.text_files import Line, counted, decoded_lines
 from fastbert.errors import InputError
-from fastbert.files import atomic_write
-from fastbert.models import BertForSequenceClassification, resolve_model
+from fastbert.tasks.classifier import Classifier
 from fastbert.tasks.classify import classify
-from fastbert.tokenizer import Tokenizer
 
-TASK_FILE = "task.json"
 # enough to fill batches well, and little enough that answers come soon
 LINES_AT_ONCE = 1024
-
-
-@dataclass(frozen=True)
-class TaskFacts:
-    """What config.json has no field for, written beside it.
-
-    Attributes:
-        pair: whether the model was trained on pairs of texts.
-        max_seq_len: tokens a sequence in training; None for the model's positions.
-    """
-
-    pair: bool = False
-    max_seq_len: int | None = None
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `task.json`."""
-        with atomic_write(Path(folder) / TASK_FILE) as file:
-            json.dump({"task": "classify", **asdict(self)}, file, indent=2)
-            file.write("\n")
-
-    @classmethod
-    def read(cls, folder: str | os.PathLike[str]) -> TaskFacts:
-        """Read `task.json`; a folder without one holds a classifier of single texts."""
-        path = Path(folder) / TASK_FILE
-        if not path.is_file():
-            return cls()
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            return cls(bool(raw["pair"]), raw["max_seq_len"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: unreadable: {error}") from None
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """A model with all that is needed to ask it."""
-
-    model: BertForSequenceClassification
-    tokenizer: Tokenizer
-    facts: TaskFacts
-
-    @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> Classifier:
-        """Load a run of `finetune classify`, or a model folder, also one of transformers.
-
-        Raises:
-            InputError: no model, no classifier, or broken files.
-        """
-        folder = resolve_model(path)
-        config = EncoderConfig.from_pretrained(folder)
-        config.labels = config.labels or _unnamed_labels(folder)
-        model = BertForSequenceClassification.from_pretrained(folder, config=config)
-        return cls(model, Tokenizer.from_pretrained(folder), TaskFacts.read(folder))
 
 
 def predict(
@@ -189,19 +128,6 @@ def _pair(line: Line, source: str) -> tuple[str, str]:
             f"with one tab between them, found {counted(tabs, 'tab')}"
         )
     return first, second
-
-
-def _unnamed_labels(folder: Path) -> list[str]:
-    """Transformers leaves names out of config.json where nobody gave any."""
-    try:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            classes = file.get_slice("classifier.weight").get_shape()[0]
-    except (SafetensorError, OSError):
-        raise InputError(
-            f"{folder}: not a classifier: config.json names no labels; "
-            "`fastbert finetune classify` makes one"
-        ) from None
-    return [f"LABEL_{number}" for number in range(classes)]
 
 
 def _to_standard_error(line: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,14 +13,14 @@ from typing import IO, Any
 import torch
 
 from fastbert.config import EncoderConfig
-from fastbert.data.epochs import EpochStream
+from fastbert.data.epochs import EpochStream, steps_an_epoch
 from fastbert.data.stream import Position
 from fastbert.errors import InputError
 from fastbert.files import atomic_write
-from fastbert.models import BertForSequenceClassification, BertModel, resolve_model
+from fastbert.models import BertForSequenceClassification, resolve_model
 from fastbert.packing import Examples
+from fastbert.tasks.classifier import TaskFacts, load_for_labels
 from fastbert.tasks.classify import build_examples, check_labels, label_set, score
-from fastbert.tasks.predict import TaskFacts
 from fastbert.tasks.table import Row, read_same_columns, read_table
 from fastbert.tokenizer import Tokenizer
 from fastbert.training.curves import draw_curves
@@ -33,7 +32,7 @@ from fastbert.training.loop import (
     train,
 )
 from fastbert.training.meter import Meter
-from fastbert.training.optimizer import Optimizers
+from fastbert.training.optimizer import OPTIMIZERS, Optimizers
 from fastbert.training.schedule import Budget
 from fastbert.training.state import (
     TrainState,
@@ -88,6 +87,9 @@ class FinetuneConfig:
     )
     weight_decay: float = field(default=0.01, metadata={"help": "of matrices and embeddings"})
     warmup: float = field(default=0.1, metadata={"help": "share of the run spent warming up"})
+    dropout: float = field(
+        default=0.1, metadata={"help": "in training, whatever pre-training had; 0 for none"}
+    )
     max_seq_len: int | None = field(
         default=None,
         metadata={"help": "tokens a sequence at most; default the model's positions"},
@@ -120,8 +122,13 @@ class FinetuneConfig:
             if value is not None and not (value > lowest if exclusive else value >= lowest):
                 flag, bound = name.replace("_", "-"), "more than" if exclusive else "at least"
                 raise InputError(f"--{flag} must be {bound} {lowest}, got {value}")
-        if not 0.0 <= self.warmup < 1.0:
-            raise InputError(f"--warmup must be in [0, 1), got {self.warmup}")
+        for name in ("warmup", "dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise InputError(f"--{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise InputError(
+                f"--optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}"
+            )
         compute_dtype(self.dtype, torch.device("cpu"))
 
     def steps(self, steps_an_epoch: int) -> int:
@@ -173,8 +180,9 @@ def finetune_classify(config: FinetuneConfig, say: Callable[[str], None] = print
     say(evaluation.describe())
     labels = label_set(training.rows, config.train)
     check_labels(evaluation.rows, labels, config.eval)
+    steps_an_epoch(len(training.rows), config.batch_size, config.accumulation)
     tokenizer = Tokenizer.from_pretrained(source)
-    model, fresh = load_for_labels(source, labels, config.seed)
+    model, fresh = load_for_labels(source, labels, dropout=config.dropout, seed=config.seed)
     if fresh:
         say(f"{source}: new weights for the {' and '.join(fresh)}, the rest as read")
     _check_fit(model.config, tokenizer, config, str(source))
@@ -200,7 +208,7 @@ def finetune_from(
         model: `config.labels` of it is the label set; holds the kept weights afterwards.
         tokenizer: the model's.
         train_rows, eval_rows: their labels are in the label set.
-        config: model, train, eval and out of it are not looked at.
+        config: model, train, eval, out, the columns and dropout of it are not looked at.
         folder: of the run, there already; gets model/, report.json, metrics.jsonl, curves.png.
         label: in front of the progress bar.
         say: told what happens.
@@ -246,41 +254,6 @@ def finetune_from(
     say(f"{label}: {_summary(report)}")
     say(f"{label}: model in {folder / MODEL_FOLDER}")
     return report
-
-
-def load_for_labels(
-    folder: str | os.PathLike[str], labels: Sequence[str], seed: int = 0
-) -> tuple[BertForSequenceClassification, list[str]]:
-    """A saved model with a head for these labels: its own if it has the same, else a fresh one.
-
-    Args:
-        folder: of a model of any kind.
-        labels: the label set.
-        seed: of fresh weights.
-
-    Returns:
-        The model, and which of pooler and classifier are fresh.
-
-    Raises:
-        InputError: missing, damaged or foreign files.
-    """
-    saved = EncoderConfig.from_pretrained(folder)
-    config = dataclasses.replace(saved, labels=list(labels))
-    if saved.labels == config.labels:
-        model = BertForSequenceClassification.from_pretrained(
-            folder, config=config, new_heads=True, seed=seed
-        )
-        return model, _parts(model)
-    # another task's head may have another shape, or the same shape and another meaning
-    body = BertModel.from_pretrained(folder, config=config, new_heads=True, seed=seed)
-    model = BertForSequenceClassification.from_config(config, seed)
-    model.load_state_dict(body.state_dict(), strict=False)
-    return model, [*_parts(body), "classifier"]
-
-
-def _parts(model: Any) -> list[str]:
-    """Modules with weights that the folder lacked."""
-    return sorted({name.partition(".")[0] for name in model.fresh_parameters}, reverse=True)
 
 
 @dataclass

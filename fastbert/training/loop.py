@@ -211,7 +211,13 @@ def train(
                 break
             rng = Rng(config.seed, state.step) if config.dropout else None
             micro_batches = [batch for batch, _ in window]
-            result = accumulate(model, micro_batches, device=device, dtype=dtype, rng=rng)
+            result = accumulate(
+                model,
+                micro_batches,
+                device=device,
+                dtype=dtype,
+                rng=rng,
+            )
             if config.clip_norm:
                 nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
             optimizers.step(learning_rate_factor(config.schedule, progress, config.warmup))
@@ -220,16 +226,24 @@ def train(
             state.position = window[-1][1]
             state.seconds = time.monotonic() - started
             meter.step(state, result, optimizers.learning_rate(), config.budget)
+            checkpoint_due = state.seconds - saved >= 60.0 * config.checkpoint_minutes
+            if interruption.requested or checkpoint_due:
+                # no checkpoint of steps whose losses nobody has looked at
+                meter.flush(state, optimizers.learning_rate(), config.budget)
             _refuse_non_finite(meter.last_loss, state)
             if interruption.requested:
                 save_checkpoint(folder, state, model, optimizers)
                 return False
             if evaluate and state.seconds - evaluated >= 60.0 * config.evaluate_minutes:
-                meter.evaluation(state, evaluate())
+                with meter.paused():
+                    meter.evaluation(state, evaluate())
                 evaluated = state.seconds = time.monotonic() - started
-            if state.seconds - saved >= 60.0 * config.checkpoint_minutes:
-                save_checkpoint(folder, state, model, optimizers)
+            if checkpoint_due:
+                with meter.paused():
+                    save_checkpoint(folder, state, model, optimizers)
                 saved = state.seconds = time.monotonic() - started
+    meter.flush(state, optimizers.learning_rate(), config.budget)
+    _refuse_non_finite(meter.last_loss, state)
     return True
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -48,13 +51,20 @@ class Meter:
     ) -> None:
         """Take one optimiser step into account; shows and records now and then."""
         self._results.append(result)
-        now = time.monotonic()
+        due = time.monotonic() - self._recorded >= RECORD_SECONDS
         done = budget.progress(state.step, state.seconds) >= 1.0
-        if now - self._recorded < RECORD_SECONDS and not done and state.step > 1:
+        if due or done or state.step == 1:
+            self.flush(state, learning_rate, budget)
+
+    def flush(self, state: TrainState, learning_rate: float, budget: Budget) -> None:
+        """Record and show the steps since the last record, if there were any."""
+        if not self._results:
             return
+        now = time.monotonic()
         record = self._record(state, learning_rate, now - self._recorded)
         self._recorded = now
         self._write(record)
+        done = budget.progress(state.step, state.seconds) >= 1.0
         self._show(record, state, budget, now, done)
 
     def evaluation(self, state: TrainState, figures: dict[str, float]) -> None:
@@ -62,8 +72,13 @@ class Meter:
         self._write({"step": state.step, "seconds": round(state.seconds, 2), "eval": figures})
         shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         self.say(f"{self.label}: step {state.step}: {shown}")
-        # the time an evaluation takes is not the steps'
-        self._recorded = time.monotonic()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count as time of the steps."""
+        began = time.monotonic()
+        yield
+        self._recorded += time.monotonic() - began
 
     def say(self, line: str) -> None:
         """A line of its own, above the bar where there is one."""
@@ -104,6 +119,11 @@ class Meter:
 
     def _write(self, record: dict[str, Any]) -> None:
         path = self.folder / METRICS_FILE
+        # JSON knows no NaN
+        record = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
         try:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")

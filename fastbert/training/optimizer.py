@@ -10,14 +10,17 @@ from torch import Tensor, nn
 from fastbert.errors import InputError
 
 OPTIMIZERS = ("adamw", "muon")
+# an embedding's rows and a classifier's outputs are no map between hidden states
+_NOT_HIDDEN = ("embeddings.", "next_sentence.", "classifier.")
 
 
 class Optimizers:
     """One or two torch optimisers that together cover every parameter exactly once.
 
-    "adamw" is AdamW for all (Loshchilov and Hutter 2017). "muon" moves the encoder layers'
-    matrices by Muon (Jordan et al. 2024), its update scaled to the size of AdamW's (Liu et al.
-    2025, arXiv:2502.16982), and the rest by AdamW. Biases and norms have no weight decay.
+    "adamw" is AdamW for all (Loshchilov and Hutter 2017). "muon" moves the matrices between hidden
+    states (of layers, pooler and masked-LM head) by Muon (Jordan et al. 2024), its update scaled to
+    the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), and the rest by AdamW. Biases and norms
+    have no weight decay.
 
     Args:
         model: its parameters are covered.
@@ -44,7 +47,11 @@ class Optimizers:
         if name not in OPTIMIZERS:
             raise InputError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
         self.names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
-        matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
+        matrices = [
+            parameter
+            for name, parameter in model.named_parameters()
+            if parameter.ndim == 2 and not any(part in name for part in _NOT_HIDDEN)
+        ]
         by_muon = set(matrices) if name == "muon" else set()
         by_adamw = [p for p in model.parameters() if p not in by_muon]
         groups = [

@@ -91,7 +91,11 @@ class PretrainConfig:
         if self.optimizer not in OPTIMIZERS:
             names = ", ".join(OPTIMIZERS)
             raise InputError(f"--optimizer must be one of {names}, got {self.optimizer!r}")
-        for name in ("learning_rate", "muon_learning_rate", "checkpoint_minutes"):
+        for name in (
+            "learning_rate",
+            "muon_learning_rate",
+            "checkpoint_minutes",
+        ):
             if not getattr(self, name) > 0:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{flag} must be more than 0, got {getattr(self, name)}")
@@ -188,6 +192,8 @@ def pretrain(
     )
     if report:
         write_report(folder, report)
+    else:
+        say("to go on: the same command with --resume")
     return report
 
 
@@ -244,7 +250,7 @@ def pretrain_corpus(
         )
     meter.close()
     if not finished:
-        say(f"interrupted at step {state.step}; saved. To go on: the same command with --resume")
+        say(f"interrupted at step {state.step}; saved")
         return {}
     save_checkpoint(folder, state, model, optimizers)
     figures = evaluate_pretraining(model, scored, dtype)

@@ -116,8 +116,9 @@ def save_checkpoint(
             json.dump(dataclasses.asdict(state), file, indent=2)
         os.rename(partial, target)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise writing_failed(target, _as_os_error(error)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     for older in _checkpoints(folder)[:-1]:
         shutil.rmtree(older, ignore_errors=True)
 
@@ -158,8 +159,12 @@ def _check_same(folder: Path, settings: dict[str, Any]) -> None:
         raise InputError(f"--resume: {folder} holds no run ({RUN_FILE} is missing)") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{run_file}: unreadable: {error}") from None
+    if not isinstance(before, dict):
+        raise InputError(f"{run_file}: unreadable: expected a JSON object")
+    # a run may have been moved, or its folder spelt in another way
+    names = settings.keys() - {"out"}
     changed = sorted(
-        name for name in settings if before.get(name) != json.loads(json.dumps(settings[name]))
+        name for name in names if before.get(name) != json.loads(json.dumps(settings[name]))
     )
     if changed:
         name = changed[0]

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+
+import pytest
+from tiny import stirred, tiny_config, tiny_tokenizer
+
+from fastbert.errors import InputError
+from fastbert.models import BertForSequenceClassification
+from fastbert.tasks import predict as predict_module
+from fastbert.tasks.classifier import TaskFacts
+from fastbert.tasks.classify import classify
+from fastbert.tasks.predict import predict
+
+
+def save(folder, *, pair: bool = False):
+    config = tiny_config(vocab_size=tiny_tokenizer().vocab_size)
+    model = stirred(BertForSequenceClassification.from_config(config))
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    TaskFacts(pair, 40).save(folder)
+    return model
+
+
+def ask(model, monkeypatch, text: str | bytes) -> tuple[list[str], list[str]]:
+    """Lines of the answer to standard input, and what was said."""
+    raw = text.encode() if isinstance(text, str) else text
+    stream = SimpleNamespace(buffer=io.BytesIO(raw), isatty=lambda: False)
+    monkeypatch.setattr(predict_module.sys, "stdin", stream)
+    out, said = io.StringIO(), []
+    predict(model, out=out, say=said.append)
+    return out.getvalue().split("\n"), said
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 1024])
+def test_every_line_has_its_answer_beside_it(tmp_path, monkeypatch, at_once) -> None:
+    monkeypatch.setattr(predict_module, "LINES_AT_ONCE", at_once)
+    model = save(tmp_path / "model")
+    texts = ["river stone", "a\u2028winter\ttab", "", "café window", "  "]
+    # the run's folder will do as well as the model's; the last line end may be missing
+    lines, said = ask(tmp_path, monkeypatch, b"\xef\xbb\xbf" + "\r\n".join(texts).encode())
+    assert lines.pop() == ""
+    assert len(lines) == len(texts)
+    for line, text in zip(lines, texts, strict=True):
+        if not text.strip():
+            assert line == ""
+            continue
+        found = classify(model, tiny_tokenizer(), [text], max_seq_len=40)
+        label, probability, rest = line.split("\t", 2)
+        assert (label, rest) == (found.labels[0], text)
+        assert probability == f"{found.probabilities.max():.4f}"
+    assert said == ["2 blank lines: answered by blank lines"]
+
+
+def test_files_are_read_in_turn(tmp_path, monkeypatch) -> None:
+    save(tmp_path / "model")
+    for name, text in (("a.txt", "river\n"), ("b.txt", "stone\n")):
+        (tmp_path / name).write_text(text)
+    out = io.StringIO()
+    predict(tmp_path, [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], out=out)
+    assert [line.split("\t")[2] for line in out.getvalue().splitlines()] == ["river", "stone"]
+
+
+def test_a_model_of_pairs_reads_two_texts_a_line(tmp_path, monkeypatch) -> None:
+    model = save(tmp_path, pair=True)
+    lines, _ = ask(tmp_path, monkeypatch, "river\tstone bridge\n\tonly\n")
+    found = classify(
+        model, tiny_tokenizer(), ["river", ""], ["stone bridge", "only"], max_seq_len=40
+    )
+    assert [line.split("\t")[0] for line in lines[:2]] == found.labels
+    assert lines[0].endswith("\triver\tstone bridge")
+
+
+@pytest.mark.parametrize("bad", ["no tab", "one\ttwo\tthree"])
+def test_a_line_that_is_no_pair(tmp_path, monkeypatch, bad) -> None:
+    save(tmp_path, pair=True)
+    with pytest.raises(InputError, match=r"standard input:2: .* trained on pairs"):
+        ask(tmp_path, monkeypatch, f"a\tb\n{bad}\n")
+
+
+def test_long_texts_are_cut_as_in_training_and_counted(tmp_path, monkeypatch) -> None:
+    save(tmp_path)
+    _, said = ask(tmp_path, monkeypatch, "river " * 50 + "\nstone\n")
+    assert said == ["texts: 1 of 2 texts cut to 40 tokens"]
+
+
+def test_undecodable_bytes_are_found(tmp_path, monkeypatch) -> None:
+    save(tmp_path)
+    with pytest.raises(InputError, match="standard input: line 2, byte 7: not UTF-8"):
+        ask(tmp_path, monkeypatch, b"river\na\xff\n")
+
+
+def test_no_text_is_an_error(tmp_path, monkeypatch) -> None:
+    save(tmp_path)
+    with pytest.raises(InputError, match="standard input: is empty"):
+        ask(tmp_path, monkeypatch, b"")
+    with pytest.raises(InputError, match=r"none.txt: no such file"):
+        predict(tmp_path, [str(tmp_path / "none.txt")])

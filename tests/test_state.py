@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tiny import tiny_config, tiny_examples
+
+from fastbert import files
+from fastbert.data.stream import Position
+from fastbert.errors import InputError
+from fastbert.models import BertForPreTraining
+from fastbert.training import state as module
+from fastbert.training.optimizer import Optimizers
+from fastbert.training.state import (
+    CHECKPOINTS,
+    RUN_FILE,
+    TrainState,
+    check_run,
+    claim_run,
+    load_checkpoint,
+    remove_checkpoints,
+    save_checkpoint,
+)
+
+SETTINGS = {"command": "pretrain", "learning_rate": 1e-3, "sources": ["a.txt"], "max_steps": None}
+
+
+def trained(seed: int = 0, steps: int = 2) -> tuple[BertForPreTraining, Optimizers]:
+    model = BertForPreTraining.from_config(tiny_config(), seed)
+    optimizers = Optimizers(model, "muon", learning_rate=1e-2, muon_learning_rate=1e-2)
+    for step in range(steps):
+        model(tiny_examples([9, 20], seed=step).batch([0, 1])).loss.backward()
+        optimizers.step(1.0)
+    return model, optimizers
+
+
+def tree(folder) -> dict[str, bytes]:
+    """Every file's content by its path."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+STATE = TrainState(
+    step=7, tokens=1234, seconds=5.25, position=Position(1, 2, 3), best={"accuracy": 0.5}
+)
+
+
+def test_a_round_trip_is_bitwise(tmp_path):
+    model, optimizers = trained()
+    save_checkpoint(tmp_path, STATE, model, optimizers)
+    other, fresh = trained(seed=1, steps=0)
+    assert load_checkpoint(tmp_path, other, fresh) == STATE
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+    moments = fresh.state_tensors()
+    assert moments.keys() == optimizers.state_tensors().keys()
+    for name, tensor in optimizers.state_tensors().items():
+        assert torch.equal(tensor, moments[name]), name
+
+
+def test_no_checkpoint_yet(tmp_path):
+    assert load_checkpoint(tmp_path, *trained(steps=0)) == TrainState()
+
+
+def test_the_newest_is_kept_and_read(tmp_path):
+    model, optimizers = trained()
+    # names sort as numbers do
+    for step in (9, 10, 100):
+        save_checkpoint(tmp_path, TrainState(step=step), model, optimizers)
+        assert [p.name for p in (tmp_path / CHECKPOINTS).iterdir()] == [f"step-{step:08d}"]
+    assert load_checkpoint(tmp_path, model, optimizers).step == 100
+
+
+def test_half_written_checkpoints_are_not_read(tmp_path):
+    model, optimizers = trained()
+    save_checkpoint(tmp_path, TrainState(step=3), model, optimizers)
+    (tmp_path / CHECKPOINTS / ".step-00000009.tmp").mkdir()
+    assert load_checkpoint(tmp_path, model, optimizers).step == 3
+    save_checkpoint(tmp_path, TrainState(step=9), model, optimizers)
+    assert load_checkpoint(tmp_path, model, optimizers).step == 9
+
+
+def test_saving_twice_at_a_step_is_saving_once(tmp_path):
+    model, optimizers = trained()
+    save_checkpoint(tmp_path, TrainState(step=3), model, optimizers)
+    before = tree(tmp_path)
+    save_checkpoint(tmp_path, TrainState(step=3), model, optimizers)
+    assert tree(tmp_path) == before
+
+
+def rewrite_json(path, change) -> None:
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(change(raw)))
+
+
+def halve(path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def drop_tensor(path) -> None:
+    tensors = load_file(path)
+    tensors.pop("encoder.layers.0.qkv.weight")
+    save_file(tensors, path)
+
+
+def misshape(path) -> None:
+    tensors = load_file(path)
+    tensors["encoder.layers.0.qkv.weight/momentum_buffer"] = torch.zeros(3)
+    save_file(tensors, path)
+
+
+DAMAGES = {
+    "no state": lambda folder: (folder / "state.json").unlink(),
+    "state cut": lambda folder: halve(folder / "state.json"),
+    "state is a list": lambda folder: (folder / "state.json").write_text("[]"),
+    "no position": lambda folder: rewrite_json(
+        folder / "state.json", lambda raw: {"step": raw["step"]}
+    ),
+    "unknown entry": lambda folder: rewrite_json(
+        folder / "state.json", lambda raw: raw | {"mood": 3}
+    ),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "weights cut": lambda folder: halve(folder / "model.safetensors"),
+    "a weight missing": lambda folder: drop_tensor(folder / "model.safetensors"),
+    "no moments": lambda folder: (folder / "optimizer.safetensors").unlink(),
+    "moments cut": lambda folder: halve(folder / "optimizer.safetensors"),
+    "moments empty": lambda folder: (folder / "optimizer.safetensors").write_bytes(b""),
+    "a moment misshapen": lambda folder: misshape(folder / "optimizer.safetensors"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_one_line(damage, tmp_path):
+    model, optimizers = trained()
+    save_checkpoint(tmp_path, STATE, model, optimizers)
+    folder = tmp_path / CHECKPOINTS / "step-00000007"
+    DAMAGES[damage](folder)
+    before = tree(tmp_path)
+    with pytest.raises(InputError, match=r"damaged checkpoint: \S") as failure:
+        load_checkpoint(tmp_path, *trained(steps=0))
+    assert str(failure.value).startswith(str(folder)) and "\n" not in str(failure.value)
+    assert tree(tmp_path) == before
+
+
+def no_space(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def no_space_in_rust(*_: object, **__: object) -> None:
+    raise SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
+
+
+FULL = {
+    "folder": lambda patch: patch.setattr(module.Path, "mkdir", no_space),
+    "weights": lambda patch: patch.setattr(module, "save_file", no_space),
+    "weights, from safetensors": lambda patch: patch.setattr(module, "save_file", no_space_in_rust),
+    "fsync": lambda patch: patch.setattr(module.os, "fsync", no_space),
+    "state": lambda patch: patch.setattr(files.os, "replace", no_space),
+    "rename": lambda patch: patch.setattr(module.os, "rename", no_space),
+}
+
+
+@pytest.mark.parametrize("stage", FULL)
+def test_a_full_disk_leaves_the_checkpoint_before_and_no_rest(stage, tmp_path, monkeypatch):
+    model, optimizers = trained()
+    save_checkpoint(tmp_path, STATE, model, optimizers)
+    before = tree(tmp_path)
+    with monkeypatch.context() as patch:
+        FULL[stage](patch)
+        with pytest.raises(InputError, match="no space left on the device") as failure:
+            save_checkpoint(tmp_path, TrainState(step=8), model, optimizers)
+    assert "\n" not in str(failure.value)
+    assert tree(tmp_path) == before
+    assert [p.name for p in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000007"]
+    assert load_checkpoint(tmp_path, model, optimizers) == STATE
+
+
+def test_checkpoints_of_a_finished_run_go(tmp_path):
+    save_checkpoint(tmp_path, STATE, *trained())
+    (tmp_path / "model").mkdir()
+    remove_checkpoints(tmp_path)
+    remove_checkpoints(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_claiming_a_new_folder(tmp_path):
+    out = tmp_path / "runs" / "first"
+    check_run(out, SETTINGS, resume=False)
+    assert not out.exists()
+    assert claim_run(out, SETTINGS, resume=False) == out
+    assert json.loads((out / RUN_FILE).read_text()) == SETTINGS
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    claim_run(empty, SETTINGS, resume=False)
+
+
+def test_resuming_with_the_same_settings(tmp_path):
+    claim_run(tmp_path / "run", SETTINGS, resume=False)
+    before = tree(tmp_path)
+    assert claim_run(tmp_path / "run", dict(SETTINGS), resume=True) == tmp_path / "run"
+    # tuples become lists in JSON
+    check_run(tmp_path / "run", {**SETTINGS, "sources": ("a.txt",)}, resume=True)
+    assert tree(tmp_path) == before
+
+
+def test_a_run_may_have_moved(tmp_path):
+    claim_run(tmp_path / "run", SETTINGS | {"out": "run"}, resume=False)
+    (tmp_path / "run").rename(tmp_path / "archive")
+    check_run(tmp_path / "archive", SETTINGS | {"out": "./archive/"}, resume=True)
+
+
+def make_run(folder):
+    claim_run(folder, SETTINGS, resume=False)
+
+
+def make_file(folder):
+    folder.write_text("precious")
+
+
+def make_other_files(folder):
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("precious")
+
+
+def make_broken_run(content):
+    def make(folder):
+        folder.mkdir()
+        (folder / RUN_FILE).write_text(content)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "make, resume, changed, message",
+    [
+        (make_run, False, {}, r"holds a run already \(run.json\); --resume goes on with it"),
+        (make_file, False, {}, "is a file, expected a folder"),
+        (make_other_files, False, {}, "is not empty; name a new folder"),
+        (make_other_files, True, {}, r"holds no run \(run.json is missing\)"),
+        (make_file, True, {}, "unreadable"),
+        (lambda folder: None, True, {}, "holds no run"),
+        (
+            make_run,
+            True,
+            {"learning_rate": 2e-3},
+            "started with other settings: learning_rate was 0.001, now 0.002",
+        ),
+        (make_run, True, {"command": "finetune"}, "command was 'pretrain', now 'finetune'"),
+        (make_run, True, {"new_flag": 3}, "new_flag was None, now 3"),
+        (make_broken_run("{"), True, {}, "unreadable"),
+        (make_broken_run("[]"), True, {}, "unreadable"),
+    ],
+)
+@pytest.mark.parametrize("function", [check_run, claim_run])
+def test_refusals_touch_nothing(function, make, resume, changed, message, tmp_path):
+    make(tmp_path / "run")
+    before = tree(tmp_path)
+    with pytest.raises(InputError, match=message) as failure:
+        function(tmp_path / "run", SETTINGS | changed, resume=resume)
+    assert str(tmp_path / "run") in str(failure.value) and "\n" not in str(failure.value)
+    assert tree(tmp_path) == before
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    make_file(tmp_path / "file")
+    with pytest.raises(InputError, match="cannot write"):
+        claim_run(tmp_path / "file" / "run", SETTINGS, resume=False)
