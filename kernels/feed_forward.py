@@ -62,8 +62,10 @@ def _bias_activation_fwd_kernel(
     WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # along one axis, the only one that takes more than 65,535 programs
+    column_tiles = tl.cdiv(WIDTH, BLOCK_N)
+    row = tl.program_id(0) // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     column_mask = column < WIDTH
     mask = (row < rows)[:, None] & column_mask[None, :]
     wide_row = row.to(tl.int64)
@@ -171,7 +173,7 @@ def bias_activation_fwd(pre: Tensor, bias: Tensor | None, activation: str, gated
     chosen = launch.configure("bias_activation_fwd", pre, width)
     launch.run(
         _bias_activation_fwd_kernel,
-        (triton.cdiv(width, chosen.columns), triton.cdiv(rows, chosen.rows)),
+        (triton.cdiv(width, chosen.columns) * triton.cdiv(rows, chosen.rows),),
         pre, bias, out,
         pre.stride(0),
         rows,
