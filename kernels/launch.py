@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,9 @@ def default(kernel: str, size: int) -> Launch:
     if kernel == "layer_norm_fwd":
         return _row_launch(size, elements=4096, elements_per_warp=1024)
     if kernel == "layer_norm_bwd":
-        return _row_launch(size, elements=2048, elements_per_warp=512)
+        return replace(
+            _row_launch(size, elements=2048, elements_per_warp=512), programs_per_processor=3
+        )
     if kernel == "bias_activation_fwd":
         return Launch(rows=4, columns=_columns(size, 512), num_warps=4)
     if kernel == "bias_activation_bwd":

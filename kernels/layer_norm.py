@@ -75,7 +75,8 @@ def _layer_norm_fwd_kernel(
             state_ptr, sequence_ids_ptr, positions_ptr, row, row_mask
         )
     pieces = ()
-    row_sum = tl.zeros([ROWS], tl.float32)
+    # chunks are added up first, so that threads exchange sums once a row
+    chunk_sum = tl.zeros([ROWS, CHUNK], tl.float32)
     for chunk in tl.static_range(CHUNKS):
         columns = chunk * CHUNK + tl.arange(0, CHUNK)
         mask = _column_mask(columns, row_mask, WIDTH, CHUNK)
@@ -87,19 +88,19 @@ def _layer_norm_fwd_kernel(
             wide_row * x_row_stride, wide_row * residual_row_stride,
             columns, mask, columns < WIDTH, keep,
         )  # fmt: skip
-        row_sum += tl.sum(piece, axis=1)
+        chunk_sum += piece
         pieces = pieces + (piece,)
         if total_ptr is not None:
             tl.store(total_ptr + wide_row[:, None] * WIDTH + columns[None, :], piece, mask=mask)
-    mean = row_sum / WIDTH
-    squares = tl.zeros([ROWS], tl.float32)
+    mean = tl.sum(chunk_sum, axis=1) / WIDTH
+    squares = tl.zeros([ROWS, CHUNK], tl.float32)
     for chunk in tl.static_range(CHUNKS):
         columns = chunk * CHUNK + tl.arange(0, CHUNK)
         centred = pieces[chunk] - mean[:, None]
         if WIDTH % CHUNK != 0:
             centred = tl.where((columns < WIDTH)[None, :], centred, 0.0)
-        squares += tl.sum(centred * centred, axis=1)
-    rstd = tl.rsqrt(squares / WIDTH + EPS)
+        squares += centred * centred
+    rstd = tl.rsqrt(tl.sum(squares, axis=1) / WIDTH + EPS)
     if mean_ptr is not None:
         tl.store(mean_ptr + row, mean, mask=row_mask)
         tl.store(rstd_ptr + row, rstd, mask=row_mask)
@@ -147,8 +148,8 @@ def _layer_norm_bwd_kernel(
             )
         normed_pieces, scaled_pieces, keep_pieces = (), (), ()
         new_weight_sums, new_bias_sums, new_x_bias_sums = (), (), ()
-        scaled_sum = tl.zeros([ROWS], tl.float32)
-        product_sum = tl.zeros([ROWS], tl.float32)
+        scaled_sum = tl.zeros([ROWS, CHUNK], tl.float32)
+        product_sum = tl.zeros([ROWS, CHUNK], tl.float32)
         for chunk in tl.static_range(CHUNKS):
             columns = chunk * CHUNK + tl.arange(0, CHUNK)
             mask = _column_mask(columns, row_mask, WIDTH, CHUNK)
@@ -167,17 +168,19 @@ def _layer_norm_bwd_kernel(
             weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
             normed = (total - mean[:, None]) * rstd[:, None]
             scaled = dy * weight[None, :]
-            scaled_sum += tl.sum(scaled, axis=1)
-            product_sum += tl.sum(scaled * normed, axis=1)
+            scaled_sum += scaled
+            product_sum += scaled * normed
             new_weight_sums = new_weight_sums + (weight_sums[chunk] + dy * normed,)
             new_bias_sums = new_bias_sums + (bias_sums[chunk] + dy,)
             normed_pieces = normed_pieces + (normed,)
             scaled_pieces = scaled_pieces + (scaled,)
+        scaled_mean = tl.sum(scaled_sum, axis=1) / WIDTH
+        product_mean = tl.sum(product_sum, axis=1) / WIDTH
         for chunk in tl.static_range(CHUNKS):
             columns = chunk * CHUNK + tl.arange(0, CHUNK)
             mask = _column_mask(columns, row_mask, WIDTH, CHUNK)
-            gradient = scaled_pieces[chunk] - (scaled_sum / WIDTH)[:, None]
-            gradient -= normed_pieces[chunk] * (product_sum / WIDTH)[:, None]
+            gradient = scaled_pieces[chunk] - scaled_mean[:, None]
+            gradient -= normed_pieces[chunk] * product_mean[:, None]
             gradient *= rstd[:, None]
             if dtotal_ptr is not None:
                 gradient += tl.load(
