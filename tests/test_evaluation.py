@@ -50,6 +50,11 @@ def test_scores_are_means_over_all_targets():
     rule = ErrorRule()
     for seed in SEEDS:
         examples = tiny_examples([9, 20, 1, 33, 2], seed=seed)
+        # every other target is what the model says, so that some are right
+        unlabelled = examples.batch(range(5))
+        positions = unlabelled.masked_positions[::2]
+        unlabelled.labels = unlabelled.sequence_labels = None
+        examples.labels[::2] = model_of()(unlabelled).logits[positions].argmax(dim=1).numpy()
         parts = [examples.batch([0]), examples.batch([3, 1, 2, 4], Capacity(64, 8, 32))]
         assert parts[0].num_masked != parts[1].num_masked
         model = model_of()
@@ -69,7 +74,7 @@ def test_scores_are_means_over_all_targets():
         rule.compare("loss", torch.tensor(figures["mlm_loss"], dtype=torch.float32), *results)
         right = (logits.argmax(dim=1) == labels).sum().item()
         pairs = (output.seq_relationship_logits.argmax(dim=1) == targets).sum().item()
-        assert figures["masked_accuracy"] == right / len(labels)
+        assert right >= len(labels) / 2 and figures["masked_accuracy"] == right / len(labels)
         assert figures["pair_accuracy"] == pairs / 5
     rule.assert_within()
 
