@@ -79,13 +79,16 @@ def test_the_newest_is_kept_and_read(tmp_path):
     assert load_checkpoint(tmp_path, model, optimizers).step == 100
 
 
-def test_half_written_checkpoints_are_not_read(tmp_path):
+def test_half_written_checkpoints_and_other_files_are_not_read(tmp_path):
     model, optimizers = trained()
     save_checkpoint(tmp_path, TrainState(step=3), model, optimizers)
-    (tmp_path / CHECKPOINTS / ".step-00000009.tmp").mkdir()
+    for name in (".step-00000009.tmp", "step-00000009.copy", "thesis"):
+        (tmp_path / CHECKPOINTS / name).mkdir()
     assert load_checkpoint(tmp_path, model, optimizers).step == 3
     save_checkpoint(tmp_path, TrainState(step=9), model, optimizers)
     assert load_checkpoint(tmp_path, model, optimizers).step == 9
+    left = sorted(path.name for path in (tmp_path / CHECKPOINTS).iterdir())
+    assert left == ["step-00000009", "step-00000009.copy", "thesis"]
 
 
 def test_saving_twice_at_a_step_is_saving_once(tmp_path):

@@ -98,7 +98,16 @@ def evaluate_pretraining(
 
     Returns:
         mlm_loss (nats a target), masked_accuracy, and pair_accuracy where there are pairs.
+
+    Raises:
+        InputError: the batches hold no target.
     """
+    masked = sum(batch.num_masked for batch in batches)
+    if not masked:
+        raise InputError(
+            "held-out text: no token to predict; every token of it is special, such as [UNK]: "
+            "is it in the language of the vocabulary?"
+        )
     device = next(model.parameters()).device
     loss = correct = pairs_correct = 0.0
     with torch.no_grad(), autocast(device, dtype):
@@ -108,7 +117,6 @@ def evaluate_pretraining(
             correct += float(output.masked_lm_correct)
             if output.sequence_correct is not None:
                 pairs_correct += float(output.sequence_correct)
-    masked = sum(batch.num_masked for batch in batches)
     pairs = sum(batch.num_labelled for batch in batches)
     figures = {"mlm_loss": loss / masked, "masked_accuracy": correct / masked}
     if pairs:
