@@ -129,7 +129,7 @@ IDS = torch.zeros(36, dtype=torch.int64)
         ),
         (
             lambda: ops.layer_norm(X[:, :5], X[0], X[0]),
-            r"layer_norm: x must be \[rows, 24\], got \(36, 5\)",
+            r"layer_norm: x must be \[rows, 24\], got \[36, 5\]",
         ),
         (
             lambda: ops.layer_norm(X, X[0], X[0, :5]),
