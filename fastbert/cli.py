@@ -13,6 +13,7 @@ from typing import Any
 
 from fastbert import __version__
 from fastbert.errors import InputError
+from fastbert.threads import sleep_soon
 
 Handler = Callable[[argparse.Namespace], None]
 
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 after bad input, which is explained in one line.
     """
+    sleep_soon()
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
