@@ -13,6 +13,7 @@ from typing import Any
 
 from fastbert import __version__
 from fastbert.errors import InputError
+from fastbert.threads import sleep_soon
 
 Handler = Callable[[argparse.Namespace], None]
 
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] and words[0] in BENCH:
         return _bench(words)
+    sleep_soon()
     parser = _parser()
     given = parser.parse_args(words)
     try:

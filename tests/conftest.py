@@ -1,3 +1,4 @@
+# ruff: noqa: E402 - the environment is set before torch and the hub library read it
 """What every test runs under: no network, two threads, fixed seeds, the public data."""
 
 from __future__ import annotations
@@ -8,6 +9,11 @@ from pathlib import Path
 
 # read by huggingface_hub at import, so it is set before anything else comes in
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+from fastbert.threads import sleep_soon
+
+# also for the processes that tests start
+sleep_soon()
 
 import numpy as np
 import pytest

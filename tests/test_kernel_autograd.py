@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
-from kernel_harness import DEVICE, runs_kernels
+from kernel_harness import DEVICE, by, normal, runs_kernels
+from oracle import check_operator
 
 from fastbert.kernels import launch, ops
 from fastbert.kernels.philox import Rng
@@ -218,3 +221,20 @@ def test_an_unknown_activation():
 def test_the_default_for_these_tensors_is_triton():
     assert launch.uses_triton(draw(1))
     assert "Triton" in ops.describe(DEVICE)
+
+
+@pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("g++", "clang++")), reason="Inductor compiles C++"
+)
+def test_compiled_by_inductor():
+    def block(x, w1, b1, w2, b2, weight):
+        inner = ops.feed_forward(x, w1, b1, w2)
+        return ops.layer_norm(inner, weight, b2 + 1, x_bias=b2, residual=x)
+
+    def make(generator):
+        shapes = {name: t.shape for name, t in feed_forward_inputs().items()} | {"weight": [48]}
+        return {name: normal(generator, *shape) for name, shape in shapes.items()}
+
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True)
+    check_operator(compiled, by("reference", block), make, torch.float32, device=DEVICE)

@@ -74,6 +74,9 @@ def evaluate_text(
     tokenizer = Tokenizer.from_pretrained(folder)
     documents = read_documents(sources, doc_sep=doc_sep, say=say)
     corpus = TokenizedCorpus.build((d.text for d in documents), tokenizer)
+    if wanted.pair == "nsp" and corpus.documents < 2:
+        say("one document: next-sentence pairs need another, so masked LM alone is scored")
+        wanted = Objective()
     batches = heldout(corpus, tokenizer, wanted, length)
     figures = evaluate_pretraining(model, batches, compute_dtype(dtype, device))
     unigram = unigram_log_probabilities(corpus, tokenizer.vocab_size)

@@ -13,14 +13,14 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastbert.data.stream import Position
 from fastbert.errors import InputError
@@ -29,6 +29,7 @@ from fastbert.models import Targets
 from fastbert.packing import PackedBatch
 from fastbert.training.meter import Meter
 from fastbert.training.optimizer import Optimizers
+from fastbert.training.result import StepResult
 from fastbert.training.schedule import SCHEDULES, Budget, learning_rate_factor
 from fastbert.training.state import TrainState, save_checkpoint
 
@@ -65,20 +66,6 @@ class LoopConfig:
             raise InputError(f"--warmup must be in [0, 1), got {self.warmup}")
         if self.accumulation < 1:
             raise InputError(f"--accumulation must be at least 1, got {self.accumulation}")
-
-
-@dataclass
-class StepResult:
-    """What one optimiser step reports; sums stay on the device until somebody reads them."""
-
-    tokens: int
-    targets: Targets
-    sums: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, name: str, value: Tensor | None) -> None:
-        """Add a sum over targets."""
-        if value is not None:
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
 
 
 class Interruption:
@@ -205,7 +192,7 @@ def train(
     started = time.monotonic() - state.seconds
     evaluated = saved = state.seconds
     with Interruption() as interruption:
-        while (progress := config.budget.progress(state.step, state.seconds)) < 1.0:
+        while config.budget.progress(state.step, state.seconds) < 1.0:
             window = list(islice(batches, config.accumulation))
             if not window:
                 break
@@ -220,7 +207,9 @@ def train(
             )
             if config.clip_norm:
                 nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-            optimizers.step(learning_rate_factor(config.schedule, progress, config.warmup))
+            # the middle of the step: no step runs at a rate of 0
+            middle = config.budget.progress(state.step + 0.5, state.seconds)
+            optimizers.step(learning_rate_factor(config.schedule, middle, config.warmup))
             state.step += 1
             state.tokens += result.tokens
             state.position = window[-1][1]

@@ -10,16 +10,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
 from fastbert.files import writing_failed
+from fastbert.training.result import StepResult
 from fastbert.training.schedule import Budget
 from fastbert.training.state import TrainState
-
-if TYPE_CHECKING:
-    from fastbert.training.loop import StepResult
 
 METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
 # between two records; a plain log gets a line less often than the file

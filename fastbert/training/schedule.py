@@ -30,7 +30,7 @@ class Budget:
             if value is not None and not value > 0:
                 raise InputError(f"{flag} must be more than 0, got {value}")
 
-    def progress(self, step: int, seconds: float) -> float:
+    def progress(self, step: float, seconds: float) -> float:
         """Share of the run that is done, 0 to 1."""
         shares = [0.0]
         if self.max_steps is not None:
