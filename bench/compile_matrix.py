@@ -57,9 +57,10 @@ ARCHITECTURES = (
     Architecture("gfx942", 64, "MI300", "v_mfma"),
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# the first tensor cores know no bf16: its products run on the ordinary units, as those of fp32,
-# and the launch table names such a kernel only where it was measured faster
-NO_TENSOR_CORE = {("sm_75", "bfloat16")}
+# the first tensor cores know no bf16, and Triton (3.6, 3.7) reaches none of them: products run on
+# the ordinary units, as those of fp32, and the launch table names such a kernel only where it was
+# measured faster
+NO_TENSOR_CORE = {("sm_75", "bfloat16"), ("sm_75", "float16")}
 INSTRUCTIONS = ("wgmma", "tcgen05.mma", "mma.sync", "v_mfma")
 MATRIX_KERNELS = {"linear_activation"}
 SAFE_SHARED_KIB = 64

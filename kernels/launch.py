@@ -182,9 +182,8 @@ def default(kernel: str, size: int) -> Launch:
     if kernel == "layer_norm_fwd":
         return _row_launch(size, elements=4096, elements_per_warp=1024)
     if kernel == "layer_norm_bwd":
-        return replace(
-            _row_launch(size, elements=2048, elements_per_warp=512), programs_per_processor=3
-        )
+        chosen = _row_launch(size, elements=1024, elements_per_warp=512)
+        return replace(chosen, programs_per_processor=max(1, 12 // chosen.num_warps))
     if kernel == "bias_activation_fwd":
         return Launch(rows=4, columns=_columns(size, 512), num_warps=4)
     if kernel == "bias_activation_bwd":

@@ -26,7 +26,7 @@ runs_kernels = (
     )
 )
 few_examples = settings(
-    max_examples=12,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
