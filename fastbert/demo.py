@@ -101,6 +101,8 @@ def run_demo(
     config.encoder(VOCAB_SIZE)
     if fresh:
         _remove_demo(Path(out))
+    elif (Path(out) / RUN_FILE).exists():
+        raise InputError(f"--out {out}: holds a run already; --fresh replaces an earlier demo")
     settings = {"command": "demo", "minutes": minutes, "size": size, "seed": seed}
     check_run(out, settings, resume=False)
     folder = claim_run(out, settings, resume=False)

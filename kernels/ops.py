@@ -44,7 +44,8 @@ class CrossEntropy(NamedTuple):
 
     Attributes:
         loss_sum: scalar fp32 (fp64 for fp64 inputs), summed over rows that are not ignored.
-        correct: scalar int64, rows whose largest logit is the label's.
+        correct: scalar int64, rows in which no logit is larger than the label's; a tie, which
+            16-bit logits know, counts as right.
     """
 
     loss_sum: Tensor

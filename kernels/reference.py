@@ -238,7 +238,7 @@ def _scatter(target: Tensor, group: Group, block: Tensor) -> None:
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor, *, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy of softmax(hidden weight' + bias), and how many argmaxes are right.
+    """Summed cross-entropy of softmax(hidden weight' + bias), and how many labels come top.
 
     `weight` and `bias` may be wider than `hidden`: products are in the dtype of `hidden`, their
     gradients in their own.
@@ -291,14 +291,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss, correct
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "linear_cross_entropy: has no second derivative; for one, use "
+                "torch.nn.functional.cross_entropy on hidden @ weight.T + bias"
+            )
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        # a scalar tensor does not change the others' dtype, nor is it rounded to it
         scale = grads[0]
-        return (
-            grad_hidden * scale.to(grad_hidden.dtype),
-            grad_weight * scale.to(grad_weight.dtype),
-            None,
-            grad_bias * scale.to(grad_bias.dtype),
-            None,
-        )
+        return grad_hidden * scale, grad_weight * scale, None, grad_bias * scale, None

@@ -448,3 +448,12 @@ def test_logits_far_from_zero_do_not_overflow():
     hidden, weight = torch.full((2, 4), 100.0), torch.full((5, 4), 100.0)
     loss, _ = ops.linear_cross_entropy(hidden, weight, torch.tensor([0, 3]))
     assert loss == torch.tensor(5.0).log() * 2
+
+
+def test_a_second_derivative_of_the_loss_is_refused():
+    hidden = torch.randn(3, 4, requires_grad=True)
+    loss, _ = reference.linear_cross_entropy(
+        hidden, torch.randn(5, 4), torch.tensor([0, 1, 2]), torch.zeros(5), ignore_index=-100
+    )
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
