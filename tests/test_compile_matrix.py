@@ -51,9 +51,10 @@ def test_a_matrix_kernel_compiles_to_tensor_cores(quick, architecture, tmp_path)
 
 
 def test_spills_are_seen(quick, tmp_path):
-    # one warp cannot hold a tile that four share
+    # one warp cannot hold four rows and their gradients
     wanted = job(quick, "layer_norm_bwd", "sm_90")
-    (row,) = compile_matrix.run([dataclasses.replace(wanted, num_warps=1)], 1, tmp_path)
+    large = dataclasses.replace(wanted, num_warps=1, constants={**wanted.constants, "ROWS": 4})
+    (row,) = compile_matrix.run([large], 1, tmp_path)
     assert row.spill_bytes > 0
     assert any("spills" in failure for failure in row.failures)
 
