@@ -32,7 +32,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 	@echo '  PYTHON=python3.12 make ... picks another interpreter (3.10 or newer)'
 
-demo: $(STAMP)-plot ## raw text to a working BERT in about 6 minutes (OUT=runs/demo MINUTES=4)
+demo: $(STAMP)-plot ## raw text to a working BERT in about 6 minutes; replaces the last one (OUT=runs/demo MINUTES=4)
 	$(VENV)/bin/fastbert demo --out $(OUT) --minutes $(MINUTES) --fresh
 
 test: $(STAMP)-test $(STAMP)-weights ## the tests, except the slow ones and those that need a GPU

@@ -9,7 +9,8 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from fastbert import __version__
 from fastbert.errors import InputError
@@ -17,6 +18,15 @@ from fastbert.threads import sleep_soon
 
 Handler = Callable[[argparse.Namespace], None]
 
+
+class _Parser(argparse.ArgumentParser):
+    """A mistake in the flags is one line, like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} ({self.prog} --help lists what is accepted)")
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 # commands of fastbert.bench, which reads their flags itself
 BENCH = {
     "validate": "every kernel against fp64 on this machine; --compile needs no GPU",
@@ -38,9 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] and words[0] in BENCH:
         return _bench(words)
     sleep_soon()
-    parser = _parser()
-    given = parser.parse_args(words)
     try:
+        given = _parser().parse_args(words)
         given.handler(given)
     except InputError as error:
         print(f"fastbert: error: {error}", file=sys.stderr)
@@ -49,6 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # the reader has gone, as `head` does; nothing is left to say, also not at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # what no reader or writer has put in its own words: a folder one may not look into, say
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"fastbert: error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("fastbert: stopped", file=sys.stderr)
         return 130
@@ -56,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fastbert", description="Train, fine-tune and use BERT without computing padding."
     )
     parser.add_argument("--version", action="version", version=f"fastbert {__version__}")
@@ -116,8 +130,11 @@ def _add_corpus(commands: Any) -> None:
 def _corpus(given: argparse.Namespace) -> None:
     from fastbert.data.python_docs import collect, write_jsonl
 
+    out = Path(given.out)
+    if out.exists() or not out.parent.is_dir():
+        raise InputError(f"--out {out}: name a new file in a folder that exists")
     docs = collect()
-    write_jsonl(docs, given.out)
+    write_jsonl(docs, out)
     words = sum(len(doc.text.split()) for doc in docs)
     print(f"{given.out}: {len(docs):,} docstrings, {words:,} words")
 
@@ -137,6 +154,13 @@ def _train_tokenizer(given: argparse.Namespace) -> None:
     from fastbert.data.corpus import read_documents
     from fastbert.tokenizer import train_tokenizer
 
+    out = Path(given.out)
+    if out.exists() and (
+        not out.is_dir() or any((out / name).exists() for name in TOKENIZER_FILES)
+    ):
+        raise InputError(f"--out {out}: holds a tokenizer already, or is no folder; name a new one")
+    if given.vocab_size < 1:
+        raise InputError(f"--vocab-size must be at least 1, got {given.vocab_size}")
     documents = read_documents(given.sources, doc_sep=given.doc_sep)
     tokenizer = train_tokenizer(
         (document.text for document in documents),

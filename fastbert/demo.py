@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import shutil
 import sys
@@ -96,6 +97,8 @@ def run_demo(
     Raises:
         InputError: bad settings, or a folder that holds something else.
     """
+    if not minutes > 0 or not math.isfinite(minutes):
+        raise InputError(f"--minutes must be more than 0, got {minutes}")
     config = demo_config(out, minutes, size, seed)
     config.loop()
     config.encoder(VOCAB_SIZE)
@@ -243,6 +246,8 @@ def _describe(docs: Sequence[PyDoc], texts: Sequence[str], task: LabelledTask) -
 def _remove_demo(folder: Path) -> None:
     """Remove an earlier demo, and nothing else."""
     run_file = folder / RUN_FILE
+    if folder.is_symlink():
+        raise InputError(f"--out {folder}: is a link, which --fresh does not replace")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:

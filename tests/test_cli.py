@@ -153,10 +153,19 @@ def test_resume_refuses_other_settings_and_leaves_the_run_alone(
         (["--token-budget", "16"], "--token-budget must be at least"),
         (["--max-steps", "0"], "--max-steps must be more than 0"),
         (["--heldout", "2"], "--heldout must be in"),
-        (["--dropout", "1"], "hidden_dropout_prob"),
+        (["--dropout", "1"], "--dropout must be in [0, 1)"),
         (["--warmup", "1"], "--warmup must be in [0, 1)"),
         (["--accumulation", "0"], "--accumulation must be at least 1"),
         (["--learning-rate", "-1"], "--learning-rate must be more than 0"),
+        (["--learning-rate", "nan"], "--learning-rate must be a finite number"),
+        (["--max-minutes", "inf"], "--max-minutes must be a finite number"),
+        (["--evaluate-minutes", "-1"], "--evaluate-minutes must be more than 0"),
+        (["--weight-decay", "-1"], "--weight-decay must be at least 0"),
+        (["--seed", "-1"], "--seed must be 0 to"),
+        (["--seed", str(10**30)], "--seed must be 0 to"),
+        (["--token-budget", str(10**12)], "--token-budget must be at most"),
+        (["--seed", "abc"], "argument --seed: invalid int value: 'abc'"),
+        (["--no-such-flag", "1"], "unrecognized arguments: --no-such-flag"),
     ],
 )
 def test_settings_out_of_range_are_refused_before_anything_is_written(
@@ -170,6 +179,43 @@ def test_settings_out_of_range_are_refused_before_anything_is_written(
     out = tmp_path / "run"
     arguments = ["pretrain", str(text), "--tokenizer", str(tokenizer), *SMALL, "--out", str(out)]
     assert expected in refused(capsys, *arguments, *flags)
+    assert not out.exists()
+
+
+def test_a_finished_run_is_not_trained_again(
+    run: Path, text: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (run / "model" / "model.safetensors").read_bytes()
+    arguments = ["pretrain", str(text), "--tokenizer", str(tokenizer), *SMALL, "--out", str(run)]
+    assert main([*arguments, "--objective", "mlm+nsp", "--resume"]) == 0
+    assert "nothing to resume" in capsys.readouterr().out
+    assert (run / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_what_is_there_is_not_overwritten(
+    run: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = run / "model"
+    before = (model / "vocab.txt").read_bytes()
+    line = refused(capsys, "tokenizer", "train", str(text), "--out", str(model))
+    assert "holds a tokenizer already" in line
+    assert (model / "vocab.txt").read_bytes() == before
+    there = tmp_path / "there.jsonl"
+    there.write_text("mine")
+    for out in (there, tmp_path, tmp_path / "missing" / "docs.jsonl"):
+        assert "name a new file" in refused(capsys, "corpus", "python-docs", "--out", str(out))
+    assert there.read_text() == "mine"
+    arguments = ["pretrain", str(text), "--tokenizer", str(model), *SMALL]
+    assert "is no folder" in refused(capsys, *arguments, "--out", "/dev/null")
+
+
+def test_next_sentences_of_one_document_are_refused_before_a_folder_is_made(
+    tokenizer: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    arguments = ["pretrain", str(text), "--tokenizer", str(tokenizer), *SMALL, "--out", str(out)]
+    line = refused(capsys, *arguments, "--objective", "mlm+nsp", "--doc-sep", "file")
+    assert "at least 2 documents" in line
     assert not out.exists()
 
 

@@ -12,7 +12,7 @@ from fastbert.errors import InputError
 from fastbert.models import Targets
 from fastbert.training import meter as module
 from fastbert.training.loop import StepResult
-from fastbert.training.meter import METRICS_FILE, Meter, read_metrics
+from fastbert.training.meter import METRICS_FILE, Meter, _brief, read_metrics
 from fastbert.training.schedule import Budget
 from fastbert.training.state import TrainState
 
@@ -161,7 +161,7 @@ def test_a_terminal_gets_a_bar(tmp_path, clock):
     take(meter, state, clock, 6.0, result(8.0, pairs=2))
     meter.close()
     meter.close()
-    for shown in ("train", "mlm loss 2.000", "seq acc 100.0%", "0:48 left", "a line above\n"):
+    for shown in ("train", "mlm 2.00 25%", "seq 1.50 100%", "0:48 left", "a line above\n"):
         assert shown in screen.getvalue()
 
 
@@ -180,3 +180,22 @@ def test_metrics_that_cannot_be_written(tmp_path, clock):
 )
 def test_clock(seconds, shown):
     assert module._clock(seconds) == shown
+
+
+def test_half_a_record_left_by_a_killed_run_is_dropped(tmp_path):
+    (tmp_path / METRICS_FILE).write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    Meter(tmp_path, "again")
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
+def test_the_bar_fits_a_terminal_of_80_columns():
+    record = {
+        "masked_lm_loss": 9.123,
+        "masked_lm_accuracy": 0.99,
+        "sequence_loss": 1.69,
+        "sequence_accuracy": 1.0,
+        "tokens_per_s": 99456.7,
+    }
+    line = f"100%|{'#' * 5}| pre-trained 59:59 left{_brief(record)}"
+    assert "99.5k tok/s  mlm 9.12 99%  seq 1.69 100%" in line
+    assert len(line) <= 80

@@ -247,7 +247,7 @@ def make_broken_run(content):
     "make, resume, changed, message",
     [
         (make_run, False, {}, r"holds a run already \(run.json\); --resume goes on with it"),
-        (make_file, False, {}, "is a file, expected a folder"),
+        (make_file, False, {}, "is no folder"),
         (make_other_files, False, {}, "is not empty; name a new folder"),
         (make_other_files, True, {}, r"holds no run \(run.json is missing\)"),
         (make_file, True, {}, "unreadable"),

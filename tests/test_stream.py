@@ -22,7 +22,7 @@ from fastbert.data.stream import (
 )
 from fastbert.data.tokenized import TokenizedCorpus
 from fastbert.errors import InputError
-from fastbert.packing import IGNORE_INDEX, PackedBatch
+from fastbert.packing import IGNORE_INDEX, PackedBatch, best_fit
 
 CONFIG = StreamConfig(Objective("sop"), token_budget=512, max_seq_len=64, seed=1)
 
@@ -173,6 +173,18 @@ def test_batches_are_full(monkeypatch):
     assert len(tokens) > 100
     assert sum(full) >= 0.98 * 4096 * len(full)
     assert sum(tokens) >= 0.97 * 4096 * len(tokens)
+
+
+def test_no_batch_inside_an_epoch_is_nearly_empty(monkeypatch):
+    monkeypatch.setattr(module, "BATCHES_A_WINDOW", 48)
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(rng.lognormal(4.2, 0.6, 60_000).astype(np.int64) + 8, 128)
+    edges = module._window_edges(lengths, 48 * 2048)
+    assert edges[0] == 0 and edges[-1] == len(lengths) and edges == sorted(edges)
+    for start, end in itertools.pairwise(edges[:-1]):
+        batches = best_fit(lengths[start:end], 2048)
+        # an optimiser that scales its steps would turn a handful of tokens into a full one
+        assert min(int(lengths[start:end][batch].sum()) for batch in batches) > 2048 / 2
 
 
 def test_heldout_batches_are_always_the_same():

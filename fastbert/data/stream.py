@@ -25,6 +25,8 @@ from fastbert.tokenizer import Tokenizer
 BATCHES_A_WINDOW = 48
 # sizes that may vary come in steps, because a matrix library prepares code for every new shape
 SEQUENCE_STEP, MASKED_STEP = 8, 64
+# of one batch; more is a slip of the keyboard
+MOST_TOKENS = 1 << 24
 _PLAN, _WINDOW = 1, 2
 
 
@@ -53,6 +55,10 @@ class StreamConfig:
     fixed_shapes: bool = False
 
     def __post_init__(self) -> None:
+        if self.token_budget > MOST_TOKENS:
+            raise InputError(
+                f"--token-budget must be at most {MOST_TOKENS:,}, got {self.token_budget:,}"
+            )
         if self.token_budget < self.max_seq_len:
             raise InputError(
                 f"--token-budget must be at least --max-seq-len ({self.max_seq_len}), "
@@ -188,10 +194,11 @@ def _put(
 
 
 def _window_edges(lengths: np.ndarray, tokens: int) -> list[int]:
-    """Cut the shuffled samples where each further `tokens` are reached."""
+    """Cut the shuffled samples where each further `tokens`, or a little less, are reached."""
+    # an eighth of a batch of slack: best fit needs no further batch for a few left over
+    tokens -= tokens // (8 * BATCHES_A_WINDOW)
     total = np.cumsum(lengths)
-    windows = max(1, round(int(total[-1]) / tokens))
-    marks = np.arange(1, windows) * (total[-1] / windows)
+    marks = np.arange(tokens, total[-1], tokens)
     return [0, *np.searchsorted(total, marks).tolist(), len(lengths)]
 
 

@@ -24,6 +24,7 @@ from fastbert.tasks.classify import build_examples, check_labels, label_set, sco
 from fastbert.tasks.table import Row, read_same_columns, read_table
 from fastbert.tokenizer import Tokenizer
 from fastbert.training.curves import draw_curves
+from fastbert.training.fields import check_fields
 from fastbert.training.loop import (
     Interruption,
     LoopConfig,
@@ -108,6 +109,7 @@ class FinetuneConfig:
     resume: bool = field(default=False, metadata={"help": "go on with the run in --out"})
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name, lowest, exclusive in (
             ("epochs", 0, True),
             ("max_steps", 1, False),

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from fastbert.files import writing_failed
+from fastbert.files import atomic_write, writing_failed
 from fastbert.training.result import StepResult
 from fastbert.training.schedule import Budget
 from fastbert.training.state import TrainState
@@ -40,6 +40,7 @@ class Meter:
         self.folder, self.label = folder, label
         self.stream = stream or sys.stderr
         self.last_loss = 0.0
+        _drop_torn_line(folder / METRICS_FILE)
         self._results: list[StepResult] = []
         self._recorded = self._shown = time.monotonic()
         self._bar: Any = None
@@ -139,17 +140,27 @@ class Meter:
                 self._bar = tqdm(
                     total=100,
                     file=self.stream,
-                    desc=self.label,
-                    bar_format="{desc} {percentage:3.0f}%|{bar:20}| {postfix}",
+                    bar_format="{percentage:3.0f}%|{bar:5}| {desc}",
                 )
             self._bar.n = round(100 * progress)
-            self._bar.set_postfix_str(f"{figures}, {_clock(left)} left")
+            self._bar.set_description_str(f"{self.label} {_clock(left)} left{_brief(record)}")
         elif now - self._shown >= LINE_SECONDS or state.step == 1 or done:
             self._shown = now
             self.say(
                 f"{self.label} {100 * progress:3.0f}%  step {state.step}  {figures}"
                 f"  {_clock(left)} left"
             )
+
+
+def _drop_torn_line(path: Path) -> None:
+    """A process that was killed may have left half a record at the end."""
+    if not path.is_file():
+        return
+    whole = path.read_bytes()
+    kept = whole[: whole.rfind(b"\n") + 1]
+    if kept != whole:
+        with atomic_write(path, "wb") as file:
+            file.write(kept)
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -170,6 +181,17 @@ def _figures(record: dict[str, Any]) -> str:
         if name in record:
             parts.append(f"{label} {form.format(record[name])}")
     return "  ".join(parts)
+
+
+def _brief(record: dict[str, Any]) -> str:
+    """The same for a terminal of 80 columns."""
+    speed = record["tokens_per_s"]
+    parts = [f"  {speed / 1000:.1f}k tok/s" if speed >= 1000 else f"  {speed:.0f} tok/s"]
+    for objective, label in (("masked_lm", "mlm"), ("sequence", "seq")):
+        loss, accuracy = record.get(f"{objective}_loss"), record.get(f"{objective}_accuracy")
+        if loss is not None and accuracy is not None:
+            parts.append(f"  {label} {loss:.2f} {accuracy:.0%}")
+    return "".join(parts)
 
 
 def _clock(seconds: float) -> str:

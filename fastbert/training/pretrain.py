@@ -29,6 +29,7 @@ from fastbert.training.evaluation import (
     unigram_log_probabilities,
     unigram_loss,
 )
+from fastbert.training.fields import check_fields
 from fastbert.training.loop import LoopConfig, compute_dtype, default_device, train
 from fastbert.training.meter import Meter
 from fastbert.training.optimizer import OPTIMIZERS, Optimizers
@@ -88,17 +89,23 @@ class PretrainConfig:
     checkpoint_minutes: float = field(default=5.0, metadata={"help": "between checkpoints"})
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.optimizer not in OPTIMIZERS:
             names = ", ".join(OPTIMIZERS)
             raise InputError(f"--optimizer must be one of {names}, got {self.optimizer!r}")
         for name in (
             "learning_rate",
             "muon_learning_rate",
+            "evaluate_minutes",
             "checkpoint_minutes",
         ):
             if not getattr(self, name) > 0:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{flag} must be more than 0, got {getattr(self, name)}")
+        if self.weight_decay < 0.0:
+            raise InputError(f"--weight-decay must be at least 0, got {self.weight_decay}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise InputError(f"--dropout must be in [0, 1), got {self.dropout}")
         if not 0.0 < self.heldout < 1.0:
             raise InputError(f"--heldout must be in (0, 1), got {self.heldout}")
 
@@ -171,6 +178,11 @@ def pretrain(
         **dataclasses.asdict(config),
     }
     check_run(config.out, settings, resume=resume)
+    finished = Path(config.out) / REPORT_FILE
+    if resume and finished.is_file():
+        say(f"{config.out}: the run is finished, there is nothing to resume")
+        done: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
+        return done
     config.loop()
     config.stream(torch.device("cpu"))
     tokenizer = Tokenizer.from_pretrained(tokenizer_path)
@@ -178,10 +190,17 @@ def pretrain(
     documents = read_documents(sources, doc_sep=doc_sep, say=say)
     corpus = TokenizedCorpus.build((d.text for d in documents), tokenizer)
     fraction = min(config.heldout, MOST_HELDOUT_TOKENS / corpus.tokens)
-    if corpus.documents * fraction >= 1.0:
+    if corpus.documents >= 4 and corpus.documents * fraction >= 1.0:
         # a random next sentence comes from another document
         fraction = max(fraction, 2 / corpus.documents)
     train_corpus, heldout_corpus = corpus.split(fraction, config.seed)
+    fewest = min(train_corpus.documents, heldout_corpus.documents)
+    if Objective.parse(config.objective).pair == "nsp" and fewest < 2:
+        raise InputError(
+            f"--objective {config.objective} needs at least 2 documents to train on and 2 held "
+            f"out, found {corpus.documents} in all; --doc-sep splits the text otherwise, or take "
+            "mlm+sop"
+        )
     say(
         f"{corpus.documents:,} documents, {corpus.tokens:,} tokens; "
         f"{heldout_corpus.tokens:,} of them held out"

@@ -53,8 +53,8 @@ def check_run(out: str | os.PathLike[str], settings: dict[str, Any], *, resume: 
     folder = Path(out)
     if resume:
         _check_same(folder, settings)
-    elif folder.is_file():
-        raise InputError(f"--out {out}: is a file, expected a folder")
+    elif folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {out}: is no folder; name a new one")
     elif (folder / RUN_FILE).exists():
         raise InputError(
             f"--out {out}: holds a run already ({RUN_FILE}); --resume goes on with it, "
