@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from fastbert.config import EncoderConfig
 from fastbert.errors import InputError
 from fastbert.files import atomic_write
 
@@ -38,6 +41,7 @@ _HEADS = {
     "next_sentence": "cls.seq_relationship",
     "classifier.dense": "classifier",
 }
+_LAYER_NUMBER = re.compile(r"encoder\.layer\.(\d+)\.")
 _QKV = ("query", "key", "value")
 
 
@@ -105,11 +109,7 @@ def from_hugging_face(
             continue
         expected = [len(like) // len(names), *like.shape[1:]]
         for theirs, part in zip(names, parts, strict=True):
-            if list(part.shape) != expected:
-                raise InputError(
-                    f"{where}: {theirs} has shape {list(part.shape)} in the file, "
-                    f"config.json says {expected}"
-                )
+            _refuse_shape(where, theirs, list(part.shape), expected)
         state[name] = torch.cat(parts).to(torch.float32)
     if "masked_lm.bias" in wanted:
         _refuse_untied(found, where)
@@ -129,12 +129,45 @@ def read_weights(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         InputError: no such file, or one that is damaged.
     """
+    with _opened(folder) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def refuse_other_sizes(folder: str | os.PathLike[str], config: EncoderConfig) -> None:
+    """Compare config.json with the header of `model.safetensors`, before memory is asked for.
+
+    Sizes that the header does not tell are left to `from_hugging_face`.
+
+    Raises:
+        InputError: a size that the weights do not have; no such file, or one that is damaged.
+    """
+    where = Path(folder) / WEIGHTS_FILE
+    with _opened(folder) as file:
+        shapes = {_modern(name): file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    hidden = config.hidden_size
+    for name, expected in {
+        "embeddings.word_embeddings.weight": [config.vocab_size, hidden],
+        "embeddings.position_embeddings.weight": [config.max_position_embeddings, hidden],
+        "embeddings.token_type_embeddings.weight": [config.type_vocab_size, hidden],
+        "encoder.layer.0.intermediate.dense.weight": [config.intermediate_size, hidden],
+    }.items():
+        _refuse_shape(where, name, shapes.get(name, expected), expected)
+    layers = {found[1] for found in map(_LAYER_NUMBER.match, shapes) if found}
+    if layers and config.num_hidden_layers > len(layers):
+        raise InputError(
+            f"{where}: {len(layers)} layers in the file, config.json says "
+            f"{config.num_hidden_layers} (num_hidden_layers)"
+        )
+
+
+@contextlib.contextmanager
+def _opened(folder: str | os.PathLike[str]) -> Iterator[Any]:
     path = Path(folder) / WEIGHTS_FILE
     if not path.is_file():
         raise InputError(f"{folder}: no {WEIGHTS_FILE}: not a saved model's folder")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: damaged or not a safetensors file: {error}") from None
 
@@ -144,6 +177,13 @@ def summarise(names: Iterable[str], shown: int = 3) -> str:
     names = list(names)
     rest = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + rest
+
+
+def _refuse_shape(where: str | Path, name: str, found: list[int], expected: list[int]) -> None:
+    if found != expected:
+        raise InputError(
+            f"{where}: {name} has shape {found} in the file, config.json says {expected}"
+        )
 
 
 def _refuse_untied(found: dict[str, Tensor], where: str) -> None:

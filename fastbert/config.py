@@ -146,7 +146,8 @@ class EncoderConfig:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise InputError(f"{folder}: no config.json: not a saved model's folder") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        # besides JSON that is none: a number of too many digits, lists too deep
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: unreadable: {error}") from None
         if not isinstance(raw, dict):
             raise InputError(f"{path}: expected a JSON object, found {type(raw).__name__}")
@@ -171,6 +172,19 @@ class EncoderConfig:
         with atomic_write(Path(folder) / "config.json") as file:
             json.dump(self.to_dict(architecture), file, indent=2, sort_keys=True)
             file.write("\n")
+
+
+def refuse_foreign_tokenizer(tokenizer_vocab_size: int, config: EncoderConfig, where: str) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for; fewer ids are common.
+
+    Raises:
+        InputError: naming `where`, the folder or the command.
+    """
+    if tokenizer_vocab_size > config.vocab_size:
+        raise InputError(
+            f"{where}: the tokenizer has {tokenizer_vocab_size:,} ids, the model "
+            f"{config.vocab_size:,} (vocab_size): they are not of one model"
+        )
 
 
 def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:

@@ -145,6 +145,7 @@ class Model(nn.Module):
         if not Path(folder).is_dir():
             raise InputError(f"{folder}: no such folder; expected a saved model's folder")
         config = config or EncoderConfig.from_pretrained(folder)
+        checkpoint.refuse_other_sizes(folder, config)
         model = cls.from_config(config, seed)
         where = str(Path(folder) / checkpoint.WEIGHTS_FILE)
         state, missing = checkpoint.from_hugging_face(

@@ -106,11 +106,7 @@ class Tokenizer:
         file = _tokenizer_file(path)
         config_file = file.parent / "tokenizer_config.json"
         config = _read_json(config_file) if config_file.is_file() else {}
-        settings = {
-            ours: config[theirs]
-            for theirs, ours in _NORMALIZER_SETTINGS.items()
-            if config.get(theirs) is not None
-        }
+        settings = _normalizer_settings(config, config_file)
         if file.suffix == ".json":
             return cls(_load_json(file, settings), source=str(file))
         tokens = _read_vocabulary(file)
@@ -331,9 +327,23 @@ def _read_json(file: Path) -> dict[str, Any]:
         content = json.loads(_read_text(file))
     except json.JSONDecodeError as error:
         raise InputError(f"{file}: line {error.lineno}: not JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not JSON that can be read: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{file}: a JSON object is wanted, got {type(content).__name__}")
     return content
+
+
+def _normalizer_settings(config: dict[str, Any], file: Path) -> dict[str, bool]:
+    settings = {}
+    for theirs, ours in _NORMALIZER_SETTINGS.items():
+        value = config.get(theirs)
+        if value is None:
+            continue
+        if not isinstance(value, bool):
+            raise InputError(f"{file}: {theirs} must be true, false or null, got {value!r}")
+        settings[ours] = value
+    return settings
 
 
 def _read_vocabulary(file: Path) -> list[str]:

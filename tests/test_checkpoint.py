@@ -150,7 +150,7 @@ def test_a_missing_tensor_of_the_encoder(new_heads, tmp_path):
 
 def test_a_checkpoint_of_fewer_layers(tmp_path):
     saved(BertForMaskedLM, tmp_path)
-    with pytest.raises(InputError, match="and 9 more: not a checkpoint of BertForMaskedLM"):
+    with pytest.raises(InputError, match=r"2 layers in the file, config\.json says 3"):
         BertForMaskedLM.from_pretrained(tmp_path, config=tiny_config(num_hidden_layers=3))
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny import tiny_config
 
-from fastbert.config import SIZES, EncoderConfig
+from fastbert.config import SIZES, EncoderConfig, refuse_foreign_tokenizer
 from fastbert.errors import InputError
 
 # layers, hidden, heads, intermediate: the table of google-research/bert
@@ -141,6 +141,8 @@ def test_a_foreign_or_broken_config(tmp_path, changed, message):
         (b"{not json", "unreadable"),
         (b"\xff\xfe\x00", "unreadable"),
         (b"[1, 2]", "expected a JSON object, found list"),
+        (b"[" * 200_000 + b"]" * 200_000, "unreadable: .*recursion"),
+        (b'{"vocab_size": ' + b"1" * 5000 + b"}", "unreadable: .*digits"),
         (b"{}", "no field vocab_size and hidden_size"),
     ],
 )
@@ -153,3 +155,11 @@ def test_an_unreadable_config_file(tmp_path, content, message):
 def test_no_config_file(tmp_path):
     with pytest.raises(InputError, match=r"no config\.json: not a saved model's folder"):
         EncoderConfig.from_pretrained(tmp_path)
+
+
+def test_a_tokenizer_of_another_model():
+    config = tiny_config(vocab_size=1000)
+    refuse_foreign_tokenizer(1000, config, "here")
+    refuse_foreign_tokenizer(5, config, "here")
+    with pytest.raises(InputError, match=r"^here: the tokenizer has 1,001 ids, the model 1,000"):
+        refuse_foreign_tokenizer(1001, config, "here")

@@ -342,6 +342,26 @@ def test_a_model_of_a_run_or_a_folder(tmp_path):
     assert resolve_model(tmp_path / "model") == tmp_path / "model"
 
 
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("vocab_size", "word_embeddings"),
+        ("max_position_embeddings", "position_embeddings"),
+        ("type_vocab_size", "token_type_embeddings"),
+        ("intermediate_size", r"intermediate\.dense"),
+        ("hidden_size", "word_embeddings"),
+        ("num_hidden_layers", "2 layers in the file"),
+    ],
+)
+def test_sizes_beyond_all_memory_are_refused_before_any_is_taken(name, theirs, tmp_path):
+    fresh(BertForMaskedLM).save_pretrained(tmp_path)
+    size = 3 * 10**12
+    config = dataclasses.replace(tiny_config(), **{name: size})
+    with pytest.raises(InputError, match=rf"{theirs}.*config\.json says .*{size}") as failure:
+        BertForMaskedLM.from_pretrained(tmp_path, config=config)
+    assert "\n" not in str(failure.value)
+
+
 def test_models_run_in_bf16_autocast_with_master_weights():
     batch = tiny_examples(LENGTHS).batch(np.arange(4))
     for architecture in HEADS:

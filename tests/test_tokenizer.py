@@ -236,6 +236,10 @@ def test_bad_files(tmp_path: Path) -> None:
     broken.write_text('{"model":\n')
     with pytest.raises(InputError, match=r"tokenizer\.json: line 2: not JSON"):
         Tokenizer.from_pretrained(tmp_path)
+    for deep in ("[" * 200_000 + "]" * 200_000, '{"a": ' + "1" * 5000 + "}"):
+        broken.write_text(deep)
+        with pytest.raises(InputError, match=r"tokenizer\.json: not JSON that can be read"):
+            Tokenizer.from_pretrained(tmp_path)
     broken.write_text("[]")
     with pytest.raises(InputError, match="a JSON object is wanted, got list"):
         Tokenizer.from_pretrained(tmp_path)
@@ -258,3 +262,13 @@ def test_training_without_text_or_room() -> None:
         train_tokenizer(["", " \n"], 100)
     with pytest.raises(InputError, match="vocab size 6"):
         train_tokenizer(TEXTS, 6)
+
+
+@pytest.mark.parametrize("name", ["do_lower_case", "strip_accents", "tokenize_chinese_chars"])
+@pytest.mark.parametrize("value", ["yes", 1])
+def test_a_setting_that_is_no_truth_value(tmp_path: Path, name: str, value: object) -> None:
+    vocabulary_file(tmp_path, [*SPECIAL_TOKENS, "a"])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({name: value}))
+    message = rf"tokenizer_config\.json: {name} must be true, false or null, got {value!r}"
+    with pytest.raises(InputError, match=message):
+        Tokenizer.from_pretrained(tmp_path)
