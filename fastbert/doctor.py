@@ -11,7 +11,7 @@ import sys
 import torch
 
 from fastbert import __version__
-from fastbert.training.loop import compute_dtype, default_device, has_fast_bf16
+from fastbert.training.loop import compute_dtype, default_device, describe_path, has_fast_bf16
 
 _PACKAGES = ("numpy", "tokenizers", "safetensors", "triton", "transformers", "matplotlib")
 
@@ -31,7 +31,7 @@ def diagnose() -> list[str]:
         *_gpus(),
         f"compiler       {_compiler()}",
         f"device         {device}",
-        f"path           {_path(device)}",
+        f"path           {describe_path(device)}",
         f"--dtype auto   {str(compute_dtype('auto', device)).removeprefix('torch.')}",
     ]
     return lines
@@ -77,7 +77,3 @@ def _compiler() -> str:
         if name and (path := shutil.which(name)):
             return path
     return "none (torch.compile and Triton need one; fastbert on a CPU does not)"
-
-
-def _path(device: torch.device) -> str:
-    return f"reference (plain PyTorch) on {device.type}: fastbert {__version__} has no other yet"

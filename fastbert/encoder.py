@@ -142,6 +142,9 @@ class Encoder(nn.Module):
                 f"encoder: sequences must be at most {limit} tokens "
                 f"(max_position_embeddings), got {batch.max_seqlen}"
             )
+        if rng and batch.input_ids.device.type != "cpu":
+            # one copy a step, not one a dropout site
+            rng = rng.on(batch.input_ids.device)
         hidden_states = self.embeddings(batch, rng.at(0) if rng else None)
         for number, layer in enumerate(self.layers, start=1):
             hidden_states = layer(hidden_states, batch, rng, number)

@@ -32,6 +32,7 @@ from fastbert.training.loop import (
     accumulate,
     autocast,
     compute_dtype,
+    describe_path,
     train,
 )
 from fastbert.training.meter import METRICS_FILE, Meter, read_metrics
@@ -390,3 +391,9 @@ def test_a_position_is_that_after_the_step(tmp_path):
     run = Run(tmp_path / "run", budget=Budget(max_steps=1), accumulation=3)
     run.go()
     assert run.state.position == Position(0, 0, 3)
+
+
+def test_a_path_that_cannot_run_is_one_line(monkeypatch):
+    monkeypatch.setattr("fastbert.kernels.launch._override", "gpu")
+    with pytest.raises(InputError, match="FASTBERT_BACKEND: must be one of"):
+        describe_path(torch.device("cpu"))

@@ -30,6 +30,7 @@ from fastbert.training.loop import (
     LoopConfig,
     compute_dtype,
     default_device,
+    describe_path,
     train,
 )
 from fastbert.training.meter import Meter
@@ -239,6 +240,7 @@ def finetune_from(
         folder=folder,
         meter=Meter(folder, label, stream),
     )
+    say(f"{label}: {describe_path(run.device)}")
     say(f"{label}: {run.describe()}")
     began = time.monotonic()
     finished = run.train()

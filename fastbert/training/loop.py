@@ -24,6 +24,7 @@ from torch import nn
 
 from fastbert.data.stream import Position
 from fastbert.errors import InputError
+from fastbert.kernels import ops
 from fastbert.kernels.ops import Rng
 from fastbert.models import Targets
 from fastbert.packing import PackedBatch
@@ -95,6 +96,18 @@ class Interruption:
 def default_device() -> torch.device:
     """The first GPU, or else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def describe_path(device: torch.device) -> str:
+    """Which path operators take on a device, for the start of a run.
+
+    Raises:
+        InputError: the environment asks for a path that cannot run here.
+    """
+    try:
+        return ops.describe(device)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(str(error)) from None
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -30,7 +30,7 @@ from fastbert.training.evaluation import (
     unigram_loss,
 )
 from fastbert.training.fields import check_fields
-from fastbert.training.loop import LoopConfig, compute_dtype, default_device, train
+from fastbert.training.loop import LoopConfig, compute_dtype, default_device, describe_path, train
 from fastbert.training.meter import Meter
 from fastbert.training.optimizer import OPTIMIZERS, Optimizers
 from fastbert.training.schedule import Budget
@@ -250,6 +250,7 @@ def pretrain_corpus(
     scored = heldout(heldout_corpus, tokenizer, stream_config.objective, config.max_seq_len)
     stream = PretrainingStream(train_corpus, tokenizer, stream_config, state.position)
     meter = Meter(folder, "pretrain")
+    say(describe_path(device))
     say(
         f"pre-training {config.size} ({sum(p.numel() for p in model.parameters()):,} parameters) "
         f"on {device.type} in {str(dtype).removeprefix('torch.')}, {stream_config.objective}, "
