@@ -181,6 +181,8 @@ def test_folders_and_globs_are_sorted_and_read_once(tmp_path: Path) -> None:
         (b'{"text": 5}\n', "a.jsonl", r"a\.jsonl:1: no `text` field"),
         (b'["text"]\n', "a.jsonl", r"a\.jsonl:1: a JSON object.*got list"),
         (b'{"text": "\\ud800"}\n', "a.jsonl", r"a\.jsonl:1: .*surrogate"),
+        (b"[" * 200_000, "a.jsonl", r"a\.jsonl:1: not JSON that can be read"),
+        (b'{"text": ' + b"1" * 5000 + b"}", "a.jsonl", r"a\.jsonl:1: not JSON that can be read"),
         (b"not packed", "a.txt.gz", r"a\.txt\.gz: broken gz archive"),
         (gzip.compress(b"some text " * 99)[:-12], "a.txt.gz", r"a\.txt\.gz: broken gz archive"),
         (b"{}", "a.json", r"a\.json: \.json is not read"),

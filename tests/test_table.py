@@ -110,6 +110,10 @@ def test_another_file_is_read_by_the_same_columns(tmp_path) -> None:
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "l": 1}', r"a.jsonl:2: no field 'la"),
         ("a.jsonl", '{"text": 5, "label": 1}', r"a.jsonl:1: field 'text' must be text, got 5"),
         ("a.jsonl", '{"text": "a", "label": [1]}', r"a.jsonl:1: field 'label' must be one label"),
+        ("a.jsonl", "[" * 200_000, r"a.jsonl:1: not JSON that can be read"),
+        ("a.jsonl", '{"text": ' + "1" * 5000 + "}", r"a.jsonl:1: not JSON that can be read"),
+        ("a.jsonl", '{"text": "\\ud800", "label": 1}', r"a.jsonl:1: field 'text' .* surrogate"),
+        ("a.jsonl", '{"text": "a", "label": "\\udfff"}', r"a.jsonl:1: field 'label' .* surrogate"),
         ("a.txt", "text\tlabel\na\t1\n", r"a.txt: not a table by its name; .tsv, .csv and .jsonl"),
         ("a", "text\tlabel\na\t1\n", r"a: not a table by its name"),
         ("a.gz", "text\tlabel\na\t1\n", r"a.gz: not a table by its name"),
@@ -125,6 +129,24 @@ def test_bad_files_are_told_in_one_line(tmp_path, name, content, message) -> Non
 def test_a_missing_file(tmp_path) -> None:
     with pytest.raises(InputError, match=r"none.tsv: no such file; .tsv, .csv and .jsonl"):
         read_table(tmp_path / "none.tsv")
+    (tmp_path / "folder.tsv").mkdir()
+    with pytest.raises(InputError, match=r"folder.tsv: a folder; .tsv, .csv and .jsonl"):
+        read_table(tmp_path / "folder.tsv")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.tsv", "\ntext\tlabel\n\na\t1\n\n"),
+        ("a.csv", 'text,label\r\n\r\na,1\r\n\r\n\r\n"b\n\nc",2\r\n'),
+        ("a.jsonl", '\n{"text": "a", "label": 1}\n \n\n'),
+    ],
+)
+def test_blank_lines_are_skipped_and_counted(tmp_path, name, content) -> None:
+    table = read_table(write(tmp_path / name, content))
+    assert table.rows[0].text == "a"
+    assert table.blank_lines == 3
+    assert table.describe().endswith("; 3 blank lines skipped")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fastbert.data.text_files import Line, counted, decoded_lines, find_files
+from fastbert.data.text_files import Line, counted, decoded_lines, find_files, is_unicode
 from fastbert.errors import InputError
 
 DOCUMENT_SEPARATORS = ("auto", "blank", "line", "file")
@@ -137,6 +137,8 @@ def _records(path: Path) -> Iterator[Document]:
             record = json.loads(line.text)
         except json.JSONDecodeError as error:
             raise InputError(f"{where}: not JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: not JSON that can be read: {error}") from error
         if not isinstance(record, dict):
             kind = type(record).__name__
             raise InputError(f"{where}: a JSON object with a `text` field is wanted, got {kind}")
@@ -144,17 +146,9 @@ def _records(path: Path) -> Iterator[Document]:
         if not isinstance(text, str):
             fields = ", ".join(map(str, record)) or "none"
             raise InputError(f"{where}: no `text` field with a string; its fields are: {fields}")
-        if not _is_unicode(text):
+        if not is_unicode(text):
             raise InputError(f"{where}: `text` holds half of a surrogate pair, which is no text")
         yield Document(text, str(path), line.number)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _guess(head: Sequence[Line]) -> str:

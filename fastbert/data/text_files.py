@@ -116,6 +116,15 @@ def decoded_lines(path: Path) -> Iterator[Line]:
         yield Line(text.rstrip("\r\n"), number)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether the text can be encoded; JSON may hold halves of surrogate pairs, which cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def counted(number: int, noun: str) -> str:
     """The number with its noun, e.g. '1 file' or '3 files'."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

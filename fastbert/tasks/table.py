@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastbert.data.text_files import counted, decoded_lines
+from fastbert.data.text_files import counted, decoded_lines, is_unicode
 from fastbert.errors import InputError
 from fastbert.tasks.columns import Columns, guess_columns, listed
 
@@ -38,6 +38,7 @@ class Table:
         rows: all rows, in the file's order.
         guessed: whether a column was guessed.
         empty_texts: rows without text, which are kept.
+        blank_lines: lines with nothing on them, which are skipped.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class Table:
     rows: list[Row]
     guessed: bool
     empty_texts: int
+    blank_lines: int = 0
 
     def describe(self) -> str:
         """What was read and what was guessed, in one line."""
@@ -52,10 +54,11 @@ class Table:
         flags = ["--text-column", *(["--pair-column"] if second else []), "--label-column"]
         guess = f" (guessed; {', '.join(flags)} to change)" if self.guessed else ""
         empty = f"; {counted(self.empty_texts, 'row')} without text, kept"
+        blank = f"; {counted(self.blank_lines, 'blank line')} skipped"
         return (
             f"{self.path}: {counted(len(self.rows), 'row')}, text column {self.columns.text!r}"
             f"{second}, label column {self.columns.label!r}{guess}"
-            f"{empty if self.empty_texts else ''}"
+            f"{empty if self.empty_texts else ''}{blank if self.blank_lines else ''}"
         )
 
 
@@ -82,8 +85,11 @@ def read_table(
     path = Path(path)
     kind = _kind(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file; {ACCEPTED} are read")
-    records = _json_records(path) if kind == ".jsonl" else _delimited_records(path, kind)
+        problem = "a folder" if path.is_dir() else "no such file"
+        raise InputError(f"{path}: {problem}; {ACCEPTED} are read")
+    blank: list[int] = []
+    read = _json_records if kind == ".jsonl" else _delimited_records
+    records = read(path, blank)
     first = next(records, None)
     if first is None:
         raise InputError(f"{path}: no rows; {ACCEPTED} are read")
@@ -96,7 +102,7 @@ def read_table(
     rows += [_row(path, record, columns) for record in records]
     guessed = text_column is None or label_column is None
     empty = sum(not row.text.strip() and not (row.second or "").strip() for row in rows)
-    return Table(path, columns, rows, guessed, empty)
+    return Table(path, columns, rows, guessed, empty, len(blank))
 
 
 def read_same_columns(path: str | os.PathLike[str], like: Table) -> Table:
@@ -133,9 +139,11 @@ def _check_named(path: Path, names: list[str], asked: Mapping[str, str | None]) 
 _Record = tuple[int, dict[str, Any]]
 
 
-def _delimited_records(path: Path, kind: str) -> Iterator[_Record]:
-    records = _csv_records(path) if kind == ".csv" else _tsv_records(path)
-    separator = "commas" if kind == ".csv" else "tabs"
+# each reader appends the numbers of the lines it skips to `blank`
+def _delimited_records(path: Path, blank: list[int]) -> Iterator[_Record]:
+    is_csv = _kind(path) == ".csv"
+    records = _csv_records(path, blank) if is_csv else _tsv_records(path, blank)
+    separator = "commas" if is_csv else "tabs"
     header = next(records, None)
     if header is None:
         raise InputError(f"{path}: the file is empty; {ACCEPTED} are read")
@@ -157,13 +165,15 @@ def _delimited_records(path: Path, kind: str) -> Iterator[_Record]:
         yield line, dict(zip(names, fields, strict=True))
 
 
-def _tsv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
+def _tsv_records(path: Path, blank: list[int]) -> Iterator[tuple[int, list[str]]]:
     for text, number in decoded_lines(path):
         if text:
             yield number, text.split("\t")
+        else:
+            blank.append(number)
 
 
-def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
+def _csv_records(path: Path, blank: list[int]) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(_FIELD_LIMIT)
     reader = csv.reader((line.text + "\n" for line in decoded_lines(path)), strict=True)
     while True:
@@ -177,16 +187,21 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
             raise InputError(f"{path}:{line}: not valid csv: {error}") from None
         if fields:
             yield line, fields
+        else:
+            blank.append(line)
 
 
-def _json_records(path: Path) -> Iterator[_Record]:
+def _json_records(path: Path, blank: list[int]) -> Iterator[_Record]:
     for text, number in decoded_lines(path):
         if not text.strip():
+            blank.append(number)
             continue
         try:
             record = json.loads(text)
         except json.JSONDecodeError as error:
             raise InputError(f"{path}:{number}: not JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}:{number}: not JSON that can be read: {error}") from None
         if not isinstance(record, dict):
             raise InputError(
                 f"{path}:{number}: expected a JSON object, found {type(record).__name__}"
@@ -214,7 +229,15 @@ def _text(path: Path, line: int, name: str, value: Any) -> str:
         return ""
     if not isinstance(value, str):
         raise InputError(f"{path}:{line}: field {name!r} must be text, got {json.dumps(value)}")
+    _refuse_half_characters(path, line, name, value)
     return value
+
+
+def _refuse_half_characters(path: Path, line: int, name: str, value: str) -> None:
+    if not is_unicode(value):
+        raise InputError(
+            f"{path}:{line}: field {name!r} holds half of a surrogate pair, which is no text"
+        )
 
 
 def _label(path: Path, line: int, name: str, value: Any) -> str:
@@ -223,6 +246,7 @@ def _label(path: Path, line: int, name: str, value: Any) -> str:
     if value is not None and not isinstance(value, str):
         return json.dumps(value)
     label = (value or "").strip()
+    _refuse_half_characters(path, line, name, label)
     if not label:
         raise InputError(f"{path}:{line}: the label (column {name!r}) is empty")
     return label
