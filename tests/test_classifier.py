@@ -95,3 +95,40 @@ def test_dropout_is_the_models_unless_it_is_given(tmp_path) -> None:
     model, _ = load_for_labels(tmp_path, ["a", "b"], dropout=0.3)
     assert model.config.hidden_dropout_prob == model.config.attention_probs_dropout_prob == 0.3
     assert model.classifier.dropout_p == 0.3
+
+
+@pytest.mark.parametrize("length", ["64", 10_000, 161, 1, 7, 0, -5, 64.0, True, [64]])
+def test_a_length_that_the_model_cannot_take(tmp_path, length) -> None:
+    save(tmp_path)
+    (tmp_path / "task.json").write_text(json.dumps({"pair": False, "max_seq_len": length}))
+    message = r"task\.json: max_seq_len must be a whole number from 8 to the model's 160 positions"
+    with pytest.raises(InputError, match=message):
+        Classifier.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("length", [8, 160, None])
+def test_lengths_that_it_can_take(tmp_path, length) -> None:
+    save(tmp_path)
+    TaskFacts(False, length).save(tmp_path)
+    assert Classifier.from_pretrained(tmp_path).facts.max_seq_len == length
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 200_000, "unreadable"),
+        ('{"pair": "no", "max_seq_len": 64}', "pair must be true or false, got 'no'"),
+    ],
+)
+def test_facts_that_cannot_be_read(tmp_path, content, message) -> None:
+    (tmp_path / "task.json").write_text(content)
+    with pytest.raises(InputError, match=rf"task\.json: {message}"):
+        TaskFacts.read(tmp_path)
+
+
+def test_a_tokenizer_of_another_model(tmp_path) -> None:
+    config = tiny_config(vocab_size=tiny_tokenizer().vocab_size - 1)
+    BertForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"the tokenizer has .* they are not of one model"):
+        Classifier.from_pretrained(tmp_path)

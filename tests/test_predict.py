@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import os
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -97,3 +99,29 @@ def test_no_text_is_an_error(tmp_path, monkeypatch) -> None:
         ask(tmp_path, monkeypatch, b"")
     with pytest.raises(InputError, match=r"none.txt: no such file"):
         predict(tmp_path, [str(tmp_path / "none.txt")])
+    with pytest.raises(InputError, match=r"a folder; a file with one text a line is wanted"):
+        predict(tmp_path, [str(tmp_path)])
+    monkeypatch.setattr(predict_module.sys, "stdin", None)
+    with pytest.raises(InputError, match="standard input: is empty"):
+        predict(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_named_pipe_is_read(tmp_path) -> None:
+    save(tmp_path)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("river\nstone\n",), daemon=True)
+    writer.start()
+    out = io.StringIO()
+    predict(tmp_path, [str(pipe)], out=out)
+    writer.join()
+    assert [line.split("\t")[2] for line in out.getvalue().splitlines()] == ["river", "stone"]
+
+
+def test_weights_that_are_no_numbers(tmp_path, monkeypatch) -> None:
+    model = save(tmp_path)
+    model.classifier.dense.bias.data[1] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="the model's weights are not finite"):
+        ask(tmp_path, monkeypatch, "river\n")

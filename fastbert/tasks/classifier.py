@@ -13,13 +13,15 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fastbert.checkpoint import WEIGHTS_FILE
-from fastbert.config import EncoderConfig
+from fastbert.config import EncoderConfig, refuse_foreign_tokenizer
 from fastbert.errors import InputError
 from fastbert.files import atomic_write
 from fastbert.models import BertForSequenceClassification, BertModel, resolve_model
 from fastbert.tokenizer import Tokenizer
 
 TASK_FILE = "task.json"
+# tokens a sequence; `finetune` takes no fewer either
+SHORTEST = 8
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,30 @@ class TaskFacts:
             return cls()
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-            return cls(bool(raw["pair"]), raw["max_seq_len"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            facts = cls(raw["pair"], raw["max_seq_len"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{path}: unreadable: {error}") from None
+        if not isinstance(facts.pair, bool):
+            raise InputError(f"{path}: pair must be true or false, got {facts.pair!r}")
+        return facts
+
+    def refuse_unfit(self, folder: str | os.PathLike[str], config: EncoderConfig) -> None:
+        """Hold `max_seq_len` against the model's positions.
+
+        Raises:
+            InputError: no whole number, too few tokens for text, or more than there are positions.
+        """
+        positions = config.max_position_embeddings
+        # a model may have fewer positions than that, and is then trained on all of them
+        least = min(SHORTEST, positions)
+        length = self.max_seq_len
+        # bool is a kind of int
+        whole = isinstance(length, int) and not isinstance(length, bool)
+        if length is not None and not (whole and least <= length <= positions):
+            raise InputError(
+                f"{Path(folder) / TASK_FILE}: max_seq_len must be a whole number from {least} to "
+                f"the model's {positions} positions, got {length!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -71,8 +94,12 @@ class Classifier:
         folder = resolve_model(path)
         config = EncoderConfig.from_pretrained(folder)
         config.labels = config.labels or _unnamed_labels(folder)
+        facts = TaskFacts.read(folder)
+        facts.refuse_unfit(folder, config)
+        tokenizer = Tokenizer.from_pretrained(folder)
+        refuse_foreign_tokenizer(tokenizer.vocab_size, config, str(folder))
         model = BertForSequenceClassification.from_pretrained(folder, config=config)
-        return cls(model, Tokenizer.from_pretrained(folder), TaskFacts.read(folder))
+        return cls(model, tokenizer, facts)
 
 
 def load_for_labels(

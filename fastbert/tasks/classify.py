@@ -211,6 +211,7 @@ def classify(
 
     Raises:
         ValueError: not as many second texts as texts.
+        InputError: weights that are not finite.
     """
     if seconds is not None and len(seconds) != len(texts):
         raise ValueError(f"classify: {len(texts)} texts but {len(seconds)} second texts")
@@ -219,6 +220,8 @@ def classify(
     limit = max_seq_len or model.config.max_position_embeddings
     examples = build_examples(rows, tokenizer, None, limit, say=say)
     probabilities = softmax(logits(model, examples, dtype=dtype, token_budget=token_budget))
+    if not np.isfinite(probabilities).all():
+        raise InputError("classify: the model's weights are not finite")
     best = probabilities.argmax(axis=-1)
     return Predictions([model.config.labels[index] for index in best], probabilities)
 

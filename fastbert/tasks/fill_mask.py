@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastbert.config import refuse_foreign_tokenizer
+from fastbert.data.text_files import is_unicode
 from fastbert.errors import InputError
 from fastbert.models import BertForMaskedLM, BertForPreTraining
 from fastbert.packing import Examples
@@ -38,10 +40,13 @@ def fill_mask(
         For each text its blanks, in order; special tokens are never offered.
 
     Raises:
-        InputError: a text without [MASK], or longer than the model's positions.
+        InputError: a text without [MASK], or longer than the model's positions; a tokenizer of
+            another model; weights that are not finite.
     """
-    if not 1 <= top <= tokenizer.vocab_size - len(tokenizer.special_ids):
-        raise InputError(f"--top must be at least 1, got {top}")
+    most = tokenizer.vocab_size - len(tokenizer.special_ids)
+    if not 1 <= top <= most:
+        raise InputError(f"--top must be from 1 to {most:,}, the words there are, got {top}")
+    refuse_foreign_tokenizer(tokenizer.vocab_size, model.config, "fill-mask")
     sequences = [_encode(tokenizer, text, model.config.max_position_embeddings) for text in texts]
     batch = Examples.from_lists(sequences).batch(range(len(sequences)))
     device = next(model.parameters()).device
@@ -50,7 +55,11 @@ def fill_mask(
         hidden_states = model.encoder(batch)
         positions = (batch.input_ids == tokenizer.mask_id).nonzero().squeeze(1)
         logits = model.masked_lm(hidden_states[positions], model.word_weight).float()
+    if not logits.isfinite().all():
+        raise InputError("fill-mask: the model's weights are not finite")
     logits[:, list(tokenizer.special_ids)] = float("-inf")
+    # a vocabulary padded to a round number has ids without a token
+    logits[:, tokenizer.vocab_size :] = float("-inf")
     best = torch.softmax(logits, dim=-1).topk(top, dim=-1)
     blanks = [
         Blank(
@@ -70,6 +79,8 @@ def fill_mask(
 
 
 def _encode(tokenizer: Tokenizer, text: str, limit: int) -> list[int]:
+    if not is_unicode(text):
+        raise InputError(f"fill-mask: half of a surrogate pair, which is no text, in {text[:40]!r}")
     ids = tokenizer.encode(text)
     if tokenizer.mask_id not in ids:
         raise InputError(f"fill-mask: no [MASK] in {text!r}; write it where a word is to be found")

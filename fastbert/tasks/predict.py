@@ -18,6 +18,7 @@ from fastbert.tasks.classify import classify
 
 # enough to fill batches well, and little enough that answers come soon
 LINES_AT_ONCE = 1024
+_EMPTY = "is empty; one text a line is wanted"
 
 
 def predict(
@@ -44,8 +45,14 @@ def predict(
             pairs are wanted.
     """
     for name in files:
-        if not Path(name).is_file():
+        # a pipe is no regular file, and can be read all the same
+        if Path(name).is_dir():
+            raise InputError(f"{name}: a folder; a file with one text a line is wanted")
+        if not Path(name).exists():
             raise InputError(f"{name}: no such file")
+    # Python sets it to None where the shell closed it
+    if not files and sys.stdin is None:
+        raise InputError(f"standard input: {_EMPTY}")
     classifier = Classifier.from_pretrained(model)
     classifier.model.to("cuda" if torch.cuda.is_available() else "cpu")
     out = out or sys.stdout
@@ -65,7 +72,7 @@ def predict(
             texts += sum(map(bool, answers))
             blank += len(answers) - sum(map(bool, answers))
         if texts + blank == before:
-            raise InputError(f"{name}: is empty; one text a line is wanted")
+            raise InputError(f"{name}: {_EMPTY}")
     if blank:
         say(f"{counted(blank, 'blank line')}: answered by blank lines")
 
