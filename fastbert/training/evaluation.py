@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from fastbert.config import refuse_foreign_tokenizer
 from fastbert.data.corpus import read_documents
 from fastbert.data.objectives import Objective
 from fastbert.data.stream import StreamConfig, heldout_batches
@@ -65,13 +66,15 @@ def evaluate_text(
     device = default_device()
     architecture = BertForPreTraining if wanted.pair else BertForMaskedLM
     model = architecture.from_pretrained(folder).to(device)
-    length = max_seq_len or trained_len or model.config.max_position_embeddings
+    length = max_seq_len if max_seq_len is not None else trained_len
+    length = model.config.max_position_embeddings if length is None else length
     if length > model.config.max_position_embeddings:
         raise InputError(
             f"--max-seq-len must be at most {model.config.max_position_embeddings}, "
             f"the model's positions, got {length}"
         )
     tokenizer = Tokenizer.from_pretrained(folder)
+    refuse_foreign_tokenizer(tokenizer.vocab_size, model.config, str(folder))
     documents = read_documents(sources, doc_sep=doc_sep, say=say)
     corpus = TokenizedCorpus.build((d.text for d in documents), tokenizer)
     if wanted.pair == "nsp" and corpus.documents < 2:

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import torch
 
-from fastbert.config import EncoderConfig
+from fastbert.config import EncoderConfig, refuse_foreign_tokenizer
 from fastbert.data.epochs import EpochStream, steps_an_epoch
 from fastbert.data.stream import Position
 from fastbert.errors import InputError
@@ -390,11 +390,7 @@ def _check_fit(
             f"--max-seq-len {config.max_seq_len}: {where} has {positions} positions "
             "(max_position_embeddings)"
         )
-    if tokenizer.vocab_size > encoder.vocab_size:
-        raise InputError(
-            f"{where}: the tokenizer has {tokenizer.vocab_size:,} ids, the model "
-            f"{encoder.vocab_size:,} (vocab_size): they are not of one model"
-        )
+    refuse_foreign_tokenizer(tokenizer.vocab_size, encoder, where)
 
 
 def _rank(figures: dict[str, float]) -> tuple[float, float]:
