@@ -16,7 +16,9 @@ pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="kernel speed needs a GPU")
 
 
-@pytest.mark.parametrize("case", list(kernels.cases()), ids=lambda case: f"{case.name} {case.shape}")
+@pytest.mark.parametrize(
+    "case", list(kernels.cases()), ids=lambda case: f"{case.name} {case.shape}"
+)
 def test_kernel(case: kernels.Case, benchmark: Any) -> None:
     parity = kernels._parity(case, torch.device("cuda"), kernels.PARITY_ROWS)
     assert not parity.failures()
