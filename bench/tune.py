@@ -21,6 +21,7 @@ from fastbert.bench import gpu
 from fastbert.errors import InputError
 from fastbert.files import atomic_write
 from fastbert.kernels import launch
+from fastbert.kernels.checks import NO_DRAW
 from fastbert.kernels.launch import Launch, Measured
 
 ROWS = 16384
@@ -110,10 +111,10 @@ def subjects_of(width: int, dtype: torch.dtype, device: str) -> Iterator[Subject
         return torch.randn(*shape, device=device, dtype=dtype)
 
     x, residual, vector = normal(ROWS, width), normal(ROWS, width), normal(width)
-    parts = (x, vector, residual, vector, vector, *autograd.NO_DRAW, 1e-12, dtype, False, True)
+    parts = (x, vector, residual, vector, vector, *NO_DRAW, 1e-12, dtype, False, True)
     y, _, mean, rstd = autograd.layer_norm_fwd(*parts)
     yield Subject("layer_norm_fwd", width, x, lambda: autograd.layer_norm_fwd(*parts))
-    back = (y, None, x, vector, residual, vector, mean, rstd, *autograd.NO_DRAW, False, True)
+    back = (y, None, x, vector, residual, vector, mean, rstd, *NO_DRAW, False, True)
     yield Subject("layer_norm_bwd", width, x, lambda: autograd.layer_norm_bwd(*back, dtype, None))
     wide = 4 * width
     weight, bias = normal(wide, width) * width**-0.5, normal(wide)

@@ -23,6 +23,7 @@ from fastbert.bench import compile_matrix, kernel_cases
 from fastbert.bench.parity import Parity
 from fastbert.errors import InputError
 from fastbert.kernels import launch, ops
+from fastbert.kernels.checks import ACTIVATIONS
 from fastbert.kernels.ops import Rng
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -261,7 +262,7 @@ def _feed_forward_checks(
 
         return inputs
 
-    for activation in ops.ACTIVATIONS if everything else ops.ACTIVATIONS[:1]:
+    for activation in ACTIVATIONS if everything else ACTIVATIONS[:1]:
         call = _with(ops.feed_forward, {"activation": activation})
         yield Check("feed_forward", activation, shape, call, make(intermediate_size))
     if everything:

@@ -14,15 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.kernels import feed_forward, launch, layer_norm
+from fastbert.kernels.checks import Draw
 
 if launch.INTERPRETED:
     from fastbert.kernels import interpreter
 
     interpreter.repair()
-
-# state, sequence ids, positions, layer, site, dropout_p: what a kernel needs for its mask
-Draw = tuple[Tensor | None, Tensor | None, Tensor | None, int, int, float]
-NO_DRAW: Draw = (None, None, None, 0, 0, 0.0)
 
 
 class Registered:

@@ -6,16 +6,26 @@ are cast to the autocast dtype and outputs have that dtype; parameters of norms 
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastbert.kernels import launch, reference
+from fastbert.kernels.checks import (
+    check_activation,
+    check_dropout,
+    check_kernel_inputs,
+    check_kernel_width,
+    check_shapes,
+    check_width,
+    compute_dtype,
+    draw,
+    no_autocast,
+)
 from fastbert.kernels.launch import describe, use_backend
 from fastbert.kernels.layout import Layout
-from fastbert.kernels.philox import Rng, check_rows
+from fastbert.kernels.philox import Rng
 
 __all__ = [
     "CrossEntropy",
@@ -33,10 +43,6 @@ __all__ = [
     "linear_cross_entropy",
     "use_backend",
 ]
-
-ACTIVATIONS = ("gelu", "gelu_new")
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MIN_WIDTH, MAX_WIDTH = 32, 8192
 
 
 class CrossEntropy(NamedTuple):
@@ -78,7 +84,7 @@ def dropout(x: Tensor, dropout_p: float, rng: Rng | None) -> Tensor:
     Raises:
         ValueError: dropout_p out of range, or no rng for it.
     """
-    _check_dropout("dropout", dropout_p, rng)
+    check_dropout("dropout", dropout_p, rng)
     return reference.dropout(x, dropout_p, rng)
 
 
@@ -112,14 +118,14 @@ def embedding(
     Raises:
         ValueError: shapes that do not fit, dropout_p out of range.
     """
-    _check_dropout("embedding", dropout_p, rng)
+    check_dropout("embedding", dropout_p, rng)
     if not input_ids.shape == position_ids.shape == token_type_ids.shape or input_ids.dim() != 1:
         raise ValueError(
             "embedding: input_ids, position_ids and token_type_ids must all be [tokens], got "
             f"{tuple(input_ids.shape)}, {tuple(position_ids.shape)}, {tuple(token_type_ids.shape)}"
         )
-    dtype = _compute_dtype(word_weight)
-    with _no_autocast(word_weight):
+    dtype = compute_dtype(word_weight)
+    with no_autocast(word_weight):
         return reference.embedding(
             input_ids,
             position_ids,
@@ -201,28 +207,24 @@ def _layer_norm(
     rng: Rng | None,
     wants_total: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check_dropout(operator, dropout_p, rng)
+    check_dropout(operator, dropout_p, rng)
     hidden_size = weight.shape[0]
-    _check_rows_of(operator, x, hidden_size)
-    for name, tensor, shape in (
+    check_width(operator, x, hidden_size)
+    check_shapes(
+        operator,
         ("bias", bias, weight.shape),
         ("x_bias", x_bias, weight.shape),
         ("residual", residual, x.shape),
-    ):
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{operator}: {name} must be {list(shape)}, got {list(tensor.shape)}")
-    dtype = _compute_dtype(x)
+    )
+    dtype = compute_dtype(x)
     if launch.uses_triton(x):
-        if not MIN_WIDTH <= hidden_size <= MAX_WIDTH:
-            raise ValueError(
-                f"{operator}: width must be {MIN_WIDTH} to {MAX_WIDTH}, got {hidden_size}"
-            )
-        _check_kernel_inputs(
+        check_kernel_width(operator, hidden_size)
+        check_kernel_inputs(
             operator, x=x, weight=weight, bias=bias, x_bias=x_bias, residual=residual
         )
-        draw = _draw(operator, x, dropout_p, rng)
+        drawn = draw(operator, x, dropout_p, rng)
         return _kernels(x).normalise(
-            x, weight, bias, x_bias, residual, draw, eps, dtype, wants_total
+            x, weight, bias, x_bias, residual, drawn, eps, dtype, wants_total
         )
     parts: dict[str, Any] = {
         "x_bias": x_bias,
@@ -231,7 +233,7 @@ def _layer_norm(
         "dropout_p": dropout_p,
         "rng": rng,
     }
-    with _no_autocast(x):
+    with no_autocast(x):
         if wants_total:
             return reference.layer_norm_with_sum(x.to(dtype), weight, bias, **parts)
         y = reference.layer_norm(x.to(dtype), weight, bias, **parts)
@@ -261,26 +263,23 @@ def feed_forward(
     Raises:
         ValueError: shapes that do not fit, an unknown activation.
     """
-    _check_activation("feed_forward", activation)
+    check_activation("feed_forward", activation)
     intermediate_size, hidden_size = w1.shape
-    _check_rows_of("feed_forward", x, hidden_size)
-    for name, tensor, shape in (
+    check_width("feed_forward", x, hidden_size)
+    check_shapes(
+        "feed_forward",
         ("b1", b1, (intermediate_size,)),
         ("w2", w2, (hidden_size, intermediate_size)),
         ("b2", b2, (hidden_size,)),
-    ):
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"feed_forward: {name} must be {list(shape)}, got {list(tensor.shape)}"
-            )
-    dtype = _compute_dtype(x)
+    )
+    dtype = compute_dtype(x)
     if launch.uses_triton(x):
-        _check_kernel_inputs("feed_forward", x=x, w1=w1, b1=b1, w2=w2, b2=b2)
-        with _no_autocast(x):
+        check_kernel_inputs("feed_forward", x=x, w1=w1, b1=b1, w2=w2, b2=b2)
+        with no_autocast(x):
             return _kernels(x).activated(
                 x.to(dtype), w1.to(dtype), b1, w2.to(dtype), b2, activation, False
             )
-    with _no_autocast(x):
+    with no_autocast(x):
         return reference.feed_forward(
             x.to(dtype),
             w1.to(dtype),
@@ -315,26 +314,23 @@ def gated_feed_forward(
     Raises:
         ValueError: shapes that do not fit, an unknown activation.
     """
-    _check_activation("gated_feed_forward", activation)
+    check_activation("gated_feed_forward", activation)
     hidden_size, intermediate_size = w2.shape
-    _check_rows_of("gated_feed_forward", x, hidden_size)
-    for name, tensor, shape in (
+    check_width("gated_feed_forward", x, hidden_size)
+    check_shapes(
+        "gated_feed_forward",
         ("w1", w1, (2 * intermediate_size, hidden_size)),
         ("b1", b1, (2 * intermediate_size,)),
         ("b2", b2, (hidden_size,)),
-    ):
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"gated_feed_forward: {name} must be {list(shape)}, got {list(tensor.shape)}"
-            )
-    dtype = _compute_dtype(x)
+    )
+    dtype = compute_dtype(x)
     if launch.uses_triton(x):
-        _check_kernel_inputs("gated_feed_forward", x=x, w1=w1, b1=b1, w2=w2, b2=b2)
-        with _no_autocast(x):
+        check_kernel_inputs("gated_feed_forward", x=x, w1=w1, b1=b1, w2=w2, b2=b2)
+        with no_autocast(x):
             return _kernels(x).activated(
                 x.to(dtype), w1.to(dtype), b1, w2.to(dtype), b2, activation, True
             )
-    with _no_autocast(x):
+    with no_autocast(x):
         return reference.gated_feed_forward(
             x.to(dtype),
             w1.to(dtype),
@@ -372,7 +368,7 @@ def attention(
     Raises:
         ValueError: shapes that do not fit, dropout_p out of range.
     """
-    _check_dropout("attention", dropout_p, rng)
+    check_dropout("attention", dropout_p, rng)
     if query.dim() != 3 or not query.shape == key.shape == value.shape:
         raise ValueError(
             "attention: query, key and value must all be [tokens, heads, head_dim], got "
@@ -382,9 +378,9 @@ def attention(
         layout = Layout(cu_seqlens, capacity=query.shape[0], max_seqlen=query.shape[0])
     if layout.capacity != query.shape[0]:
         raise ValueError(f"attention: layout is for {layout.capacity} tokens, got {query.shape[0]}")
-    dtype = _compute_dtype(query)
+    dtype = compute_dtype(query)
     scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    with _no_autocast(query):
+    with no_autocast(query):
         return reference.attention(
             query.to(dtype),
             key.to(dtype),
@@ -419,84 +415,20 @@ def linear_cross_entropy(
         ValueError: shapes that do not fit.
     """
     vocab_size, hidden_size = weight.shape
-    for name, tensor, shape in (
+    check_shapes(
+        "linear_cross_entropy",
         ("hidden", hidden, (len(labels), hidden_size)),
         ("bias", bias, (vocab_size,)),
-    ):
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"linear_cross_entropy: {name} must be {list(shape)}, got {list(tensor.shape)}"
-            )
-    dtype = _compute_dtype(hidden)
+    )
+    dtype = compute_dtype(hidden)
     if bias is None:
         bias = weight.new_zeros(vocab_size)
-    with _no_autocast(hidden):
+    with no_autocast(hidden):
         return CrossEntropy(
             *reference.linear_cross_entropy(
                 hidden.to(dtype), weight, labels, bias, ignore_index=ignore_index
             )
         )
-
-
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    device = tensor.device.type
-    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return tensor.dtype
-
-
-def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
-    device = tensor.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)  # type: ignore[no-any-return]
-    return contextlib.nullcontext()
-
-
-def _check_dropout(operator: str, dropout_p: float, rng: Rng | None) -> None:
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"{operator}: dropout_p must be in [0, 1), got {dropout_p}")
-    if dropout_p > 0.0 and rng is None:
-        raise ValueError(f"{operator}: dropout_p {dropout_p} needs an rng")
-
-
-def _check_rows_of(operator: str, x: Tensor, width: int) -> None:
-    if x.dim() != 2 or x.shape[1] != width:
-        raise ValueError(f"{operator}: x must be [rows, {width}], got {list(x.shape)}")
-
-
-def _check_activation(operator: str, activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"{operator}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-        )
-
-
-def _check_kernel_inputs(operator: str, **tensors: Tensor | None) -> None:
-    device = None
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        device = device or tensor.device
-        if tensor.device != device:
-            raise ValueError(f"{operator}: {name} must be on {device}, got {tensor.device}")
-        if tensor.dtype not in KERNEL_DTYPES:
-            raise ValueError(
-                f"{operator}: {name} must be float32, float16 or bfloat16 for Triton, got "
-                f"{tensor.dtype}; use_backend('reference') takes float64"
-            )
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(
-                f"{operator}: {name} must be contiguous in its last dimension, got strides "
-                f"{list(tensor.stride())}; call .contiguous()"
-            )
-
-
-def _draw(operator: str, x: Tensor, dropout_p: float, rng: Rng | None) -> Any:
-    if dropout_p == 0.0 or rng is None:
-        return None, None, None, 0, 0, 0.0
-    check_rows(operator, rng, x.shape[0])
-    state = rng.device_state(x.device)
-    return state, rng.sequence_ids, rng.positions, rng.layer, rng.site, dropout_p
 
 
 def _kernels(tensor: Tensor) -> Any:

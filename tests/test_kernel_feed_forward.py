@@ -9,6 +9,7 @@ from oracle import check_operator, poison
 from torch import Tensor
 
 from fastbert.kernels import launch, ops
+from fastbert.kernels.checks import ACTIVATIONS
 
 pytestmark = runs_kernels
 
@@ -41,14 +42,14 @@ def check(make, dtype, operator=ops.feed_forward, **constants):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_by_the_error_rule(activation, dtype):
     check(inputs(21, 40, 72), dtype, activation=activation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("biases", [True, False])
-@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gated_by_the_error_rule(activation, biases, dtype):
     make = inputs(13, 40, 72, gated=True, biases=biases)
     check(make, dtype, ops.gated_feed_forward, activation=activation)
@@ -73,7 +74,7 @@ def test_any_shape(rows, hidden, intermediate):
     check(inputs(rows, hidden, intermediate), torch.float32)
 
 
-@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_whole_range_of_values(activation):
     def make(generator):
         x = torch.linspace(-60, 60, 481, dtype=torch.float64)[:, None]
@@ -127,7 +128,7 @@ def fused(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_fused_product_by_the_error_rule(activation, dtype, fused):
     check(inputs(70, 40, 100), dtype, activation=activation)
 
