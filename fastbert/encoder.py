@@ -73,13 +73,8 @@ class Layer(nn.Module):
         config = self.config
         hidden_dropout = config.hidden_dropout_prob if rng else 0.0
         projected = F.linear(hidden_states, self.qkv.weight, self.qkv.bias)
-        query, key, value = projected.view(
-            -1, 3, config.num_attention_heads, config.head_dim
-        ).unbind(1)
-        context = ops.attention(
-            query,
-            key,
-            value,
+        context = ops.fused_qkv_attention(
+            projected.view(-1, 3, config.num_attention_heads, config.head_dim),
             batch.cu_seqlens,
             layout=batch.layout,
             dropout_p=config.attention_probs_dropout_prob if rng else 0.0,
@@ -145,6 +140,9 @@ class Encoder(nn.Module):
         if rng and batch.input_ids.device.type != "cpu":
             # one copy a step, not one a dropout site
             rng = rng.on(batch.input_ids.device)
+        if rng and batch.sample_ids is not None:
+            rows = batch.layout.rows()
+            rng = rng.rows(rows.sample_ids, rows.positions)
         hidden_states = self.embeddings(batch, rng.at(0) if rng else None)
         for number, layer in enumerate(self.layers, start=1):
             hidden_states = layer(hidden_states, batch, rng, number)

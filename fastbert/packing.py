@@ -32,6 +32,8 @@ class PackedBatch:
         max_seqlen: an upper bound of the sequence lengths.
         num_tokens: real tokens.
         num_sequences: real sequences.
+        sample_ids: [sequences] int64, the global sample index of each: exact dropout masks follow
+            the sample, however it is packed. Without them they follow the row of the micro-batch.
         masked_positions: [masked] int64, rows the masked-LM head looks at.
         labels: [masked] int64, their ids, -100 in unused slots.
         num_masked: targets of the masked-LM objective.
@@ -46,6 +48,7 @@ class PackedBatch:
     max_seqlen: int
     num_tokens: int
     num_sequences: int
+    sample_ids: Tensor | None = None
     masked_positions: Tensor | None = None
     labels: Tensor | None = None
     num_masked: int = 0
@@ -60,7 +63,7 @@ class PackedBatch:
     @cached_property
     def layout(self) -> Layout:
         """Row ranges for attention, shared by all layers."""
-        return Layout(self.cu_seqlens, capacity=self.capacity, max_seqlen=self.max_seqlen)
+        return Layout(self.cu_seqlens, self.capacity, self.max_seqlen, self.sample_ids)
 
     @cached_property
     def first_tokens(self) -> Tensor:
@@ -68,13 +71,17 @@ class PackedBatch:
         return self.cu_seqlens[:-1].long().clamp(max=self.capacity - 1)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
-        """The same batch with its tensors on `device`."""
+        """The same batch with its tensors on `device`, the layout among them."""
         moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=non_blocking)
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        return dataclasses.replace(self, **moved)
+        batch = dataclasses.replace(self, **moved)
+        if torch.device(device).type != "cpu":
+            # worked out where the batch comes from, so that a step never asks the device
+            batch.__dict__["layout"] = self.layout.to(device, non_blocking=non_blocking)
+        return batch
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,7 @@ class Examples:
         masked_positions: [masked] int64 into the stream, ascending; None without the objective.
         labels: [masked] int64.
         sequence_labels: [sequences] int64; None without the objective.
+        sample_ids: [sequences] int64, the global sample index of each; None where nobody counts.
     """
 
     input_ids: np.ndarray
@@ -110,6 +118,7 @@ class Examples:
     masked_positions: np.ndarray | None = None
     labels: np.ndarray | None = None
     sequence_labels: np.ndarray | None = None
+    sample_ids: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.cu_seqlens) - 1
@@ -175,6 +184,8 @@ class Examples:
             num_tokens=tokens,
             num_sequences=len(chosen),
         )
+        if self.sample_ids is not None:
+            batch.sample_ids = _filled(self.sample_ids[chosen], size.sequences, 0)
         if self.masked_positions is not None:
             self._add_masked(batch, chosen, cu_seqlens, capacity)
         if self.sequence_labels is not None:

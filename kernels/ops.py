@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastbert.kernels import launch, reference
+from fastbert.kernels.attention_ops import Attended, attention, fused_qkv_attention, rotary
 from fastbert.kernels.checks import (
     check_activation,
     check_dropout,
@@ -28,6 +29,7 @@ from fastbert.kernels.layout import Layout
 from fastbert.kernels.philox import Rng
 
 __all__ = [
+    "Attended",
     "CrossEntropy",
     "Layout",
     "NormedSum",
@@ -37,10 +39,12 @@ __all__ = [
     "dropout",
     "embedding",
     "feed_forward",
+    "fused_qkv_attention",
     "gated_feed_forward",
     "layer_norm",
     "layer_norm_with_sum",
     "linear_cross_entropy",
+    "rotary",
     "use_backend",
 ]
 
@@ -338,57 +342,6 @@ def gated_feed_forward(
             b1=None if b1 is None else b1.to(dtype),
             b2=None if b2 is None else b2.to(dtype),
             activation=activation,
-        )
-
-
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    layout: Layout | None = None,
-    softmax_scale: float | None = None,
-    dropout_p: float = 0.0,
-    rng: Rng | None = None,
-) -> Tensor:
-    """Bidirectional attention within each sequence of a packed stream (Vaswani et al. 2017).
-
-    Args:
-        query, key, value: [tokens, heads, head_dim], strided views allowed.
-        cu_seqlens: [sequences + 1] int32, first 0, last the number of real tokens.
-        layout: of this batch, shared by all layers; worked out here where None.
-        softmax_scale: head_dim ** -0.5 where None.
-        dropout_p: on the probabilities, in [0, 1).
-        rng: names the dropout draw.
-
-    Returns:
-        [tokens, heads, head_dim]; rows past the last sequence are zero and get zero gradient.
-
-    Raises:
-        ValueError: shapes that do not fit, dropout_p out of range.
-    """
-    check_dropout("attention", dropout_p, rng)
-    if query.dim() != 3 or not query.shape == key.shape == value.shape:
-        raise ValueError(
-            "attention: query, key and value must all be [tokens, heads, head_dim], got "
-            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
-        )
-    if layout is None:
-        layout = Layout(cu_seqlens, capacity=query.shape[0], max_seqlen=query.shape[0])
-    if layout.capacity != query.shape[0]:
-        raise ValueError(f"attention: layout is for {layout.capacity} tokens, got {query.shape[0]}")
-    dtype = compute_dtype(query)
-    scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    with no_autocast(query):
-        return reference.attention(
-            query.to(dtype),
-            key.to(dtype),
-            value.to(dtype),
-            layout=layout,
-            softmax_scale=scale,
-            dropout_p=dropout_p,
-            rng=rng,
         )
 
 

@@ -11,6 +11,13 @@ A draw is named by logical coordinates, never by tiles. Two ways to draw:
 
   Each of the eight 16-bit halves of the four words serves one column: word (column % 8) // 2, low
   half first. A column is kept where its 16 bits reach the threshold.
+
+  Attention's scores have a query and a key, and keys start anywhere in a tile, so that neighbours
+  cannot share a call. Each token draws a word for each of its two parts, a hash mixes the words of
+  a pair, and the score is kept where all 32 bits reach the threshold:
+
+      as_query, as_key, _, _ = philox(counter=(head, position, sequence id, 0), key=subkey)
+      bits = hash32(as_query ^ as_key)
 """
 
 from __future__ import annotations
@@ -23,7 +30,10 @@ from torch import Tensor
 # the fewest rounds that pass BigCrush; Salmon et al. name 10 as the margin of the cautious
 ROUNDS = 7
 COLUMNS_PER_CALL = 8
-THRESHOLD_BITS = 16
+THRESHOLD_BITS, SCORE_BITS = 16, 32
+# C. Wellons' two-round 32-bit hash of least bias, found by search (hash-prospector, 2018 to 2022);
+# its last shift is left out, since a threshold looks at high bits, and those it does not touch
+HASH_A, HASH_B = 0x21F0AAAD, 0x735A2D97
 
 _MASK = (1 << 64) - 1
 _WORD = 0xFFFFFFFF
@@ -110,12 +120,7 @@ def exact_mask(
         raise ValueError(f"dropout: exact masks are for [rows, columns], got {list(shape)}")
     row_count, column_count = shape
     check_rows("dropout", rng, row_count)
-    sequence, position = rng.sequence_ids, rng.positions
-    if position is None:
-        position = torch.arange(row_count, device=device)
-    if sequence is None:
-        sequence = torch.full((row_count,), rng.micro_batch, device=device)
-    sequence, position = (ids.to(device, torch.int64)[:, None] for ids in (sequence, position))
+    sequence, position = (ids[:, None] for ids in _coordinates(rng, row_count, device))
     groups = -(-column_count // COLUMNS_PER_CALL)
     group = torch.arange(groups, device=device)[None, :].expand(row_count, groups)
     words = philox((group, position, sequence, torch.zeros_like(group)), subkey(rng))
@@ -124,16 +129,45 @@ def exact_mask(
     return (bits >= keep_threshold(dropout_p)).float() * keep_scale(dropout_p)
 
 
-def keep_threshold(dropout_p: float) -> int:
-    """The least 16-bit number that is kept."""
-    steps = 1 << THRESHOLD_BITS
+def score_words(
+    rng: Rng, token_count: int, heads: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Each token's word as a query and as a key of attention, [heads, tokens] int64 both."""
+    check_rows("attention", rng, token_count)
+    sequence, position = _coordinates(rng, token_count, device)
+    head = torch.arange(heads, device=device)[:, None]
+    as_query, as_key, _, _ = philox((head, position, sequence, torch.zeros_like(head)), subkey(rng))
+    return as_query, as_key
+
+
+def score_mask(as_query: Tensor, as_key: Tensor, dropout_p: float) -> Tensor:
+    """The mask of attention's probabilities, 0 or `keep_scale`.
+
+    Args:
+        as_query: [..., queries] from `score_words`.
+        as_key: [..., keys].
+        dropout_p: probability of a zero.
+
+    Returns:
+        [..., queries, keys] fp32.
+    """
+    word = as_query[..., :, None] ^ as_key[..., None, :]
+    word = ((word ^ (word >> 16)) * HASH_A) & _WORD
+    word = ((word ^ (word >> 15)) * HASH_B) & _WORD
+    kept = word >= keep_threshold(dropout_p, SCORE_BITS)
+    return kept.float() * keep_scale(dropout_p, SCORE_BITS)
+
+
+def keep_threshold(dropout_p: float, bits: int = THRESHOLD_BITS) -> int:
+    """The least number of that many bits that is kept."""
+    steps = 1 << bits
     return min(round(dropout_p * steps), steps - 1)
 
 
-def keep_scale(dropout_p: float) -> float:
+def keep_scale(dropout_p: float, bits: int = THRESHOLD_BITS) -> float:
     """One over the share that `keep_threshold` keeps, so that the mean is unbiased."""
-    steps = 1 << THRESHOLD_BITS
-    return steps / (steps - keep_threshold(dropout_p))
+    steps = 1 << bits
+    return steps / (steps - keep_threshold(dropout_p, bits))
 
 
 def check_rows(operator: str, rng: Rng, row_count: int) -> None:
@@ -172,6 +206,15 @@ def philox(counter: Words, key: tuple[int, int], rounds: int = ROUNDS) -> Words:
         c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
         k0, k1 = (k0 + _KEY_A) & _WORD, (k1 + _KEY_B) & _WORD
     return c0, c1, c2, c3
+
+
+def _coordinates(rng: Rng, row_count: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    sequence, position = rng.sequence_ids, rng.positions
+    if position is None:
+        position = torch.arange(row_count, device=device)
+    if sequence is None:
+        sequence = torch.full((row_count,), rng.micro_batch, device=device)
+    return sequence.to(device, torch.int64), position.to(device, torch.int64)
 
 
 def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:

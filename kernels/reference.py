@@ -5,14 +5,12 @@ Signatures are those of ops.py. Statistics, softmax and losses are computed in f
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert.kernels.layout import Group, Layout
 from fastbert.kernels.philox import Rng, keep_mask
 
 # logits held at once by linear_cross_entropy, in elements: 32 MiB of fp32
@@ -116,123 +114,6 @@ def gated_feed_forward(
     """(GELU(a) * g) w2' + b2 with [a | g] = x w1' + b1 (Shazeer 2020)."""
     activated, gate = F.linear(x, w1, b1).chunk(2, dim=-1)
     return F.linear(F.gelu(activated, approximate=_GELU[activation]) * gate, w2, b2)
-
-
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    layout: Layout,
-    softmax_scale: float,
-    dropout_p: float,
-    rng: Rng | None,
-) -> Tensor:
-    """softmax(scale q k') v within each sequence; zeros in rows of no sequence."""
-    return _Attention.apply(query, key, value, layout, softmax_scale, dropout_p, rng)
-
-
-class _Attention(torch.autograd.Function):
-    """Attention by groups of similar length, each one batched product; no [tokens, tokens]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout: Layout,
-        softmax_scale: float,
-        dropout_p: float,
-        rng: Rng | None,
-    ) -> Tensor:
-        output = _blank(query, layout)
-        saved = []
-        masks = _attention_masks(layout, query, dropout_p, rng)
-        for group, mask in zip(layout.groups(), masks, strict=True):
-            q, k, v = (_gather(tensor, group) for tensor in (query, key, value))
-            probabilities = _probabilities(q, k, group, softmax_scale)
-            kept = probabilities if mask is None else probabilities * mask
-            _scatter(output, group, kept @ v)
-            saved.append(probabilities)
-        ctx.save_for_backward(query, key, value, *saved)
-        ctx.plan = (layout, softmax_scale, dropout_p, rng)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        query, key, value, *saved = ctx.saved_tensors
-        layout, softmax_scale, dropout_p, rng = ctx.plan
-        results = [_blank(tensor, layout) for tensor in (query, key, value)]
-        masks = _attention_masks(layout, query, dropout_p, rng)
-        for group, mask, probabilities in zip(layout.groups(), masks, saved, strict=True):
-            q, k, v, grad = (_gather(tensor, group) for tensor in (query, key, value, grads[0]))
-            if torch.is_grad_enabled():
-                # a second derivative needs the probabilities as a function of q and k
-                probabilities = _probabilities(q, k, group, softmax_scale)
-            if group.padding is not None:
-                grad = grad * (~group.padding).to(grad.dtype)[:, None, :, None]
-            kept = probabilities if mask is None else probabilities * mask
-            grad_kept = grad @ v.transpose(-1, -2)
-            grad_probabilities = grad_kept if mask is None else grad_kept * mask
-            grad_scores = torch.ops.aten._softmax_backward_data(
-                grad_probabilities, probabilities, -1, probabilities.dtype
-            )
-            _scatter(results[0], group, grad_scores @ (k * softmax_scale))
-            _scatter(results[1], group, grad_scores.transpose(-1, -2) @ (q * softmax_scale))
-            _scatter(results[2], group, kept.transpose(-1, -2) @ grad)
-        return (*results, None, None, None, None)
-
-
-def _attention_masks(
-    layout: Layout, like: Tensor, dropout_p: float, rng: Rng | None
-) -> list[Tensor | None]:
-    groups = layout.groups()
-    if dropout_p == 0.0:
-        return [None] * len(groups)
-    assert rng is not None
-    shapes = [(g.sequences, like.shape[1], g.length, g.length) for g in groups]
-    sizes = [math.prod(shape) for shape in shapes]
-    flat = keep_mask((sum(sizes),), dropout_p, rng, like)
-    parts = torch.split(flat, sizes)
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def _probabilities(q: Tensor, k: Tensor, group: Group, softmax_scale: float) -> Tensor:
-    scores = (q * softmax_scale) @ k.transpose(-1, -2)
-    if group.padding is not None:
-        # an addition that broadcasts is several times faster on CPUs than masked_fill
-        hidden = torch.zeros(group.padding.shape, dtype=q.dtype, device=q.device)
-        hidden.masked_fill_(group.padding, float("-inf"))
-        scores = scores + hidden[:, None, None, :]
-    return torch.softmax(scores, dim=-1)
-
-
-def _blank(like: Tensor, layout: Layout) -> Tensor:
-    """Room for every row; those of no sequence are zero, the others are about to be written."""
-    result = torch.empty_like(like, memory_format=torch.contiguous_format)
-    result[layout.num_tokens() :].zero_()
-    return result
-
-
-def _gather(tensor: Tensor, group: Group) -> Tensor:
-    """[tokens, heads, head_dim] -> [sequences, heads, length, head_dim]."""
-    if group.start is not None:
-        rows = tensor.narrow(0, group.start, len(group.index))
-    else:
-        rows = tensor.index_select(0, group.index)
-    return rows.unflatten(0, (group.sequences, group.length)).transpose(1, 2)
-
-
-def _scatter(target: Tensor, group: Group, block: Tensor) -> None:
-    """Write [sequences, heads, length, head_dim] back to the rows it came from."""
-    rows = block.transpose(1, 2).flatten(0, 1)
-    if group.start is not None:
-        target.narrow(0, group.start, len(group.index)).copy_(rows)
-        return
-    if group.padding is not None:
-        rows = rows.index_select(0, group.slots)
-    target.index_copy_(0, group.rows, rows)
 
 
 def linear_cross_entropy(

@@ -153,13 +153,14 @@ def test_dropout_follows_rng_alone():
 
 
 def test_every_dropout_site_draws_its_own_numbers(monkeypatch):
-    from fastbert.kernels import reference
+    from fastbert.kernels import reference, reference_attention
 
     seen = []
     original = reference.keep_mask
-    monkeypatch.setattr(
-        reference, "keep_mask", lambda *args: (seen.append(args[2]), original(*args))[1]
-    )
+    for module in (reference, reference_attention):
+        monkeypatch.setattr(
+            module, "keep_mask", lambda *args: (seen.append(args[2]), original(*args))[1]
+        )
     encoder(num_hidden_layers=3)(tiny_examples([9, 20]).batch([0, 1]), Rng(0))
     assert len(seen) == len(set(seen)) == 1 + 3 * 3
 

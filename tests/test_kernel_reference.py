@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -8,25 +7,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import SEEDS, ErrorRule, check_operator, poison
+from oracle import check_operator, poison
 from torch import Tensor
 
 from fastbert.kernels import ops, reference
-from fastbert.kernels.layout import Layout
 from fastbert.kernels.ops import Rng
 
 DTYPES = [torch.float32, torch.bfloat16]
 EDGES = [0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129]
-LENGTHS = [
-    [],
-    [0],
-    [1],
-    [17, 0, 1, 64],
-    [16, 16, 16],
-    [15, 16, 17],
-    [63, 64, 65, 2],
-    [127, 128, 129],
-]
 by_hand = settings(deadline=None, derandomize=True, max_examples=8)
 
 
@@ -39,18 +27,6 @@ def normal(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tenso
 
 
 # every oracle is its formula, written out anew in fp64; PyTorch's own function is the baseline
-
-
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, bounds: list[int]) -> Tensor:
-    """[tokens, heads, head_dim], one sequence at a time."""
-    scale = query.shape[-1] ** -0.5
-    outputs = [query.new_zeros(0, *query.shape[1:])]
-    for start, end in itertools.pairwise(bounds):
-        q, k, v = (t[start:end].transpose(0, 1) for t in (query, key, value))
-        outputs.append((F.softmax(q @ k.mT * scale, dim=-1) @ v).transpose(0, 1))
-    # the tail is zero, and stays on the graph
-    outputs.append(query[bounds[-1] :] * 0.0)
-    return torch.cat(outputs)
 
 
 def plain_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -78,174 +54,6 @@ def plain_cross_entropy(
     kept = labels != ignore_index
     right = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]
     return ((torch.logsumexp(logits, dim=1) - right) * kept).sum()
-
-
-def check_attention(lengths, tail, heads, head_dim, dtype):
-    bounds = cumulative(lengths)
-    tokens = int(bounds[-1]) + tail
-    layout = Layout(bounds, capacity=tokens, max_seqlen=max(lengths, default=0))
-
-    def inputs(generator):
-        return {"qkv": normal(generator, tokens, 3, heads, head_dim)}
-
-    check_operator(
-        lambda qkv: ops.attention(*qkv.unbind(1), bounds, layout=layout),
-        lambda qkv: plain_attention(*qkv.unbind(1), bounds.tolist()),
-        inputs,
-        dtype,
-    )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_attention(lengths, dtype):
-    check_attention(lengths, tail=3, heads=2, head_dim=16, dtype=dtype)
-
-
-@by_hand
-@given(
-    st.lists(st.one_of(st.sampled_from(EDGES[:8]), st.integers(0, 40)), max_size=6),
-    st.integers(0, 20),
-    st.sampled_from([(1, 8), (3, 12), (2, 5)]),
-    st.sampled_from(DTYPES),
-)
-def test_attention_on_any_lengths(lengths, tail, heads, dtype):
-    check_attention(lengths, tail, *heads, dtype)
-
-
-def test_attention_takes_a_scale():
-    qkv = torch.randn(9, 3, 2, 8)
-    bounds = cumulative([4, 5])
-    ours = ops.attention(*qkv.unbind(1), bounds, softmax_scale=8**-0.5)
-    assert torch.equal(ours, ops.attention(*qkv.unbind(1), bounds))
-    other = ops.attention(*qkv.unbind(1), bounds, softmax_scale=1.0)
-    assert not torch.equal(ours, other)
-
-
-@pytest.mark.parametrize("lengths", [[5, 5], [16, 16], [7, 3, 20]], ids=str)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_attention_twice_differentiated(lengths, dropout_p):
-    bounds = cumulative(lengths)
-    tokens = int(bounds[-1]) + 2
-    layout = Layout(bounds, capacity=tokens, max_seqlen=max(lengths))
-    rng = Rng(3)
-
-    def ours(query, key, value):
-        return ops.attention(query, key, value, bounds, layout=layout, dropout_p=dropout_p, rng=rng)
-
-    def theirs(query, key, value):
-        masks = iter(dropout_blocks(layout, query, dropout_p, rng))
-        outputs = query * 0.0
-        for start, end in itertools.pairwise(bounds.tolist()):
-            q, k, v = (t[start:end].transpose(0, 1) for t in (query, key, value))
-            kept = F.softmax(q @ k.mT * query.shape[-1] ** -0.5, dim=-1) * next(masks)
-            rows = torch.arange(start, end)
-            outputs = outputs.index_copy(0, rows, (kept @ v).transpose(0, 1))
-        return outputs
-
-    def second_order(operator):
-        def results(qkv, direction, flowing):
-            output = operator(*qkv.unbind(1))
-            first = torch.autograd.grad((output * flowing).sum(), qkv, create_graph=True)[0]
-            return output, first, torch.autograd.grad((first * direction).sum(), qkv)[0]
-
-        return results
-
-    rule = ErrorRule()
-    for seed in SEEDS:
-        generator = torch.Generator().manual_seed(seed)
-        arguments = [normal(generator, tokens, 3, 2, 8) for _ in range(2)]
-        arguments.append(normal(generator, tokens, 2, 8))
-        results = [
-            second_order(operator)(
-                arguments[0].to(dtype).requires_grad_(), *(a.to(dtype) for a in arguments[1:])
-            )
-            for operator, dtype in (
-                (ours, torch.float32),
-                (theirs, torch.float32),
-                (theirs, torch.float64),
-            )
-        ]
-        for name, *values in zip(("output", "gradient", "second"), *results, strict=True):
-            rule.compare(name, *values)
-    rule.assert_within()
-
-
-def dropout_blocks(
-    layout: Layout, like: Tensor, dropout_p: float, rng: Rng
-) -> list[Tensor | float]:
-    """Each sequence's mask [heads, length, length], in the order of the stream."""
-    bounds = layout.cu_seqlens.tolist()
-    if not dropout_p:
-        return [1.0] * (len(bounds) - 1)
-    blocks: dict[int, Tensor] = {}
-    masks = reference._attention_masks(layout, like, dropout_p, rng)
-    for group, mask in zip(layout.groups(), masks, strict=True):
-        first_rows = group.index.view(group.sequences, group.length)[:, 0].tolist()
-        for start, block in zip(first_rows, mask, strict=True):
-            size = bounds[bounds.index(start) + 1] - start
-            blocks[start] = block[:, :size, :size]
-    return [blocks[start] for start in bounds[:-1]]
-
-
-def test_attention_dropout_against_the_formula():
-    """The gradient uses the mask of the forward pass."""
-    bounds = cumulative([20, 7, 16])
-    layout = Layout(bounds, capacity=45, max_seqlen=20)
-    rng = Rng(5, step=2)
-
-    def theirs(qkv):
-        query, key, value = qkv.unbind(1)
-        blocks = dropout_blocks(layout, query, 0.4, rng)
-        outputs = []
-        for (start, end), block in zip(itertools.pairwise(bounds.tolist()), blocks, strict=True):
-            q, k, v = (t[start:end].transpose(0, 1) for t in (query, key, value))
-            kept = F.softmax(q @ k.mT * query.shape[-1] ** -0.5, dim=-1) * block
-            outputs.append((kept @ v).transpose(0, 1))
-        return torch.cat([*outputs, query[43:] * 0.0])
-
-    check_operator(
-        lambda qkv: ops.attention(*qkv.unbind(1), bounds, layout=layout, dropout_p=0.4, rng=rng),
-        theirs,
-        lambda generator: {"qkv": normal(generator, 45, 3, 2, 8)},
-        torch.float32,
-    )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_poisoned_tail_reaches_nothing(dtype):
-    bounds = cumulative([16, 16, 5])
-    tokens, heads, head_dim = 50, 2, 8
-    clean = torch.randn(tokens, 3, heads, head_dim, dtype=dtype)
-    dirty = clean.clone()
-    dirty[37:] = math.nan
-    flowing = torch.randn(tokens, heads, head_dim, dtype=dtype)
-    flowing_dirty = flowing.clone()
-    flowing_dirty[37:] = math.nan
-    results = []
-    for qkv, gradient in ((clean, flowing), (dirty, flowing_dirty)):
-        qkv = qkv.clone().requires_grad_()
-        with poison():
-            output = ops.attention(
-                *qkv.unbind(1), bounds, layout=Layout(bounds, capacity=tokens, max_seqlen=16)
-            )
-            query_grad = torch.autograd.grad(output, qkv, gradient)[0]
-        results.append((output, query_grad))
-    for expected, actual in zip(*results, strict=True):
-        assert torch.equal(actual, expected)
-        assert (actual[37:] == 0).all() and actual[:37].ne(0).any()
-
-
-def test_a_poisoned_sequence_stays_where_it_is():
-    bounds = cumulative([16, 16, 5, 4])
-    qkv = torch.randn(41, 3, 2, 8)
-    dirty = qkv.clone()
-    dirty[16:32] = math.nan
-    clean_output = ops.attention(*qkv.unbind(1), bounds)
-    dirty_output = ops.attention(*dirty.unbind(1), bounds)
-    others = [*range(16), *range(32, 41)]
-    assert torch.equal(clean_output[others], dirty_output[others])
-    assert dirty_output[16:32].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -109,6 +109,7 @@ class PretrainingStream:
                 config.mask_probability,
                 rng,
             )
+            examples.sample_ids = np.arange(edges[window], edges[window + 1])
             slots = self._most_sequences() if config.fixed_shapes else None
             batches = best_fit(examples.lengths, config.token_budget, slots)
             order = rng.permutation(len(batches))
