@@ -56,10 +56,19 @@ class MaskedLMHead(nn.Module):
         self, hidden_states: Tensor, masked_positions: Tensor, labels: Tensor, word_weight: Tensor
     ) -> CrossEntropy:
         """Summed loss over the masked rows alone; [tokens, hidden_size], [masked], [masked]."""
-        rows = hidden_states.index_select(0, masked_positions)
-        # a row nobody asked for may hold anything
-        rows = rows.masked_fill((labels < 0)[:, None], 0.0)
-        return ops.linear_cross_entropy(self.transform(rows), word_weight, labels, self.bias)
+        return ops.masked_lm_loss(
+            hidden_states,
+            masked_positions,
+            labels,
+            self.dense.weight,
+            self.dense.bias,
+            self.norm.weight,
+            self.norm.bias,
+            word_weight,
+            self.bias,
+            activation=self.config.hidden_act,
+            eps=self.config.layer_norm_eps,
+        )
 
 
 class SequenceClassifier(nn.Module):

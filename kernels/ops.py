@@ -26,6 +26,7 @@ from fastbert.kernels.checks import (
 )
 from fastbert.kernels.launch import describe, use_backend
 from fastbert.kernels.layout import Layout
+from fastbert.kernels.masked_lm_ops import CrossEntropy, linear_cross_entropy, masked_lm_loss
 from fastbert.kernels.philox import Rng
 
 __all__ = [
@@ -44,22 +45,10 @@ __all__ = [
     "layer_norm",
     "layer_norm_with_sum",
     "linear_cross_entropy",
+    "masked_lm_loss",
     "rotary",
     "use_backend",
 ]
-
-
-class CrossEntropy(NamedTuple):
-    """What linear_cross_entropy returns.
-
-    Attributes:
-        loss_sum: scalar fp32 (fp64 for fp64 inputs), summed over rows that are not ignored.
-        correct: scalar int64, rows in which no logit is larger than the label's; a tie, which
-            16-bit logits know, counts as right.
-    """
-
-    loss_sum: Tensor
-    correct: Tensor
 
 
 class NormedSum(NamedTuple):
@@ -342,45 +331,6 @@ def gated_feed_forward(
             b1=None if b1 is None else b1.to(dtype),
             b2=None if b2 is None else b2.to(dtype),
             activation=activation,
-        )
-
-
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None = None,
-    *,
-    ignore_index: int = -100,
-) -> CrossEntropy:
-    """Softmax cross-entropy of hidden weight' + bias without keeping the logits.
-
-    Args:
-        hidden: [rows, hidden_size].
-        weight: [vocab_size, hidden_size]; bias: [vocab_size].
-        labels: [rows] int64, `ignore_index` in rows that do not count.
-
-    Returns:
-        The summed loss and the number of right answers. A mean is the caller's: divide by the
-        targets of the whole optimiser step.
-
-    Raises:
-        ValueError: shapes that do not fit.
-    """
-    vocab_size, hidden_size = weight.shape
-    check_shapes(
-        "linear_cross_entropy",
-        ("hidden", hidden, (len(labels), hidden_size)),
-        ("bias", bias, (vocab_size,)),
-    )
-    dtype = compute_dtype(hidden)
-    if bias is None:
-        bias = weight.new_zeros(vocab_size)
-    with no_autocast(hidden):
-        return CrossEntropy(
-            *reference.linear_cross_entropy(
-                hidden.to(dtype), weight, labels, bias, ignore_index=ignore_index
-            )
         )
 
 

@@ -1,0 +1,188 @@
+"""The masked-LM loss in plain PyTorch: the definition, the oracle in fp64, and the path for CPUs.
+
+Of a row with logits x, target y and vocabulary V, with label smoothing e and z-loss weight z:
+
+    lse = log sum_v exp(x_v)
+    loss = lse - (1 - e) x_y - e mean_v x_v + z lse^2
+    dloss/dx_v = softmax_v (1 + 2 z lse) - (1 - e) [v = y] - e / V
+
+(Szegedy et al. 2016, arXiv:1512.00567; Chowdhery et al. 2022, arXiv:2204.02311.)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert.kernels import reference
+
+# logits held at once, in elements: 32 MiB of fp32
+LOGITS_AT_ONCE = 1 << 23
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    *,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy of softmax(hidden weight' + bias), and how many labels come top.
+
+    `weight` and `bias` may be wider than `hidden`: products are in the dtype of `hidden`, their
+    gradients in their own.
+    """
+    return _LinearCrossEntropy.apply(
+        hidden, weight, labels, bias, ignore_index, label_smoothing, z_loss
+    )
+
+
+def masked_lm_loss(
+    hidden_states: Tensor,
+    masked_positions: Tensor,
+    labels: Tensor,
+    dense_weight: Tensor,
+    dense_bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    decoder_weight: Tensor,
+    decoder_bias: Tensor | None,
+    *,
+    activation: str,
+    eps: float,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor]:
+    """linear_cross_entropy of LayerNorm(GELU(dense)) of the masked rows (Devlin et al. 2018)."""
+    rows = hidden_states.index_select(0, masked_positions)
+    # a row nobody asked for may hold anything
+    rows = rows.masked_fill((labels == ignore_index)[:, None], 0.0)
+    dense = F.linear(rows, dense_weight, dense_bias)
+    activated = F.gelu(dense, approximate="tanh" if activation == "gelu_new" else "none")
+    normed = reference.layer_norm(
+        activated,
+        norm_weight,
+        norm_bias,
+        x_bias=None,
+        residual=None,
+        eps=eps,
+        dropout_p=0.0,
+        rng=None,
+    )
+    return linear_cross_entropy(
+        normed,
+        decoder_weight,
+        labels,
+        decoder_bias,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+    )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradient is made while a chunk's logits are at hand, so that no logits are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        z_loss: float,
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        narrow = hidden.dtype
+        decoder, offset = weight.to(narrow), None if bias is None else bias.to(narrow)
+        ignored = labels == ignore_index
+        hidden = hidden.masked_fill(ignored[:, None], 0.0)
+        targets = labels.masked_fill(ignored, 0)[:, None]
+        wanted = any(ctx.needs_input_grad)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight, grad_bias = None, None if bias is None else torch.zeros_like(bias)
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        at_once = max(1, LOGITS_AT_ONCE // len(weight))
+        for first in range(0, len(labels), at_once):
+            rows = slice(first, first + at_once)
+            skip = ignored[rows, None]
+            logits = F.linear(hidden[rows], decoder, offset).to(wide)
+            losses, hits = _losses_and_gradient(
+                logits, targets[rows], skip, label_smoothing, z_loss, wanted
+            )
+            loss += losses.masked_fill_(skip, 0.0).sum()
+            correct += (hits & ~skip).sum()
+            if wanted:
+                gradient = logits
+                if grad_bias is not None:
+                    grad_bias += gradient.sum(dim=0)
+                gradient = gradient.to(narrow)
+                grad_hidden[rows] = gradient @ decoder
+                product = (gradient.t() @ hidden[rows]).to(weight.dtype)
+                # no zeros to fill and add to where one chunk is all
+                grad_weight = product if grad_weight is None else grad_weight.add_(product)
+        ctx.mark_non_differentiable(correct)
+        if wanted:
+            grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight
+            ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        return loss, correct
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "linear_cross_entropy: has no second derivative; for one, use "
+                "torch.nn.functional.cross_entropy on hidden @ weight.T + bias"
+            )
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        # a scalar tensor does not change the others' dtype, nor is it rounded to it
+        scale = grads[0]
+        grad_bias = None if grad_bias is None else grad_bias * scale
+        return grad_hidden * scale, grad_weight * scale, None, grad_bias, None, None, None
+
+
+def _losses_and_gradient(
+    logits: Tensor,
+    target: Tensor,
+    skip: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    wanted: bool,
+) -> tuple[Tensor, Tensor]:
+    """Each row's loss and whether it is right, [rows, 1]; `logits` become their own gradient.
+
+    The gradient of rows to skip is zero; their loss means nothing.
+    """
+    largest = logits.amax(dim=-1, keepdim=True)
+    logits -= largest
+    at_target = logits.gather(1, target)
+    mean = logits.mean(dim=-1, keepdim=True) if label_smoothing else None
+    total = logits.exp_().sum(dim=-1, keepdim=True)
+    # of the shifted logits
+    lse = total.log()
+    losses = lse - (1.0 - label_smoothing) * at_target
+    if mean is not None:
+        losses -= label_smoothing * mean
+    if z_loss:
+        lse = lse + largest
+        losses += z_loss * lse.square()
+        total = total / (1.0 + 2.0 * z_loss * lse)
+    if wanted:
+        # zeros without a pass of their own
+        gradient = logits.div_(total.masked_fill(skip, math.inf))
+        counts = (~skip).to(logits.dtype)
+        if label_smoothing:
+            gradient -= counts * (label_smoothing / gradient.shape[1])
+        gradient.scatter_add_(1, target, counts * (label_smoothing - 1.0))
+    return losses, at_target == 0.0
