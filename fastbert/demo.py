@@ -43,7 +43,7 @@ from fastbert.training.state import RUN_FILE, check_run, claim_run
 VOCAB_SIZE = 8192
 MAX_SEQ_LEN = 128
 HELDOUT_SHARE = 0.03
-FINETUNE_STEPS, FINETUNE_SEQ_LEN = 128, 64
+FINETUNE_LABELS, FINETUNE_STEPS, FINETUNE_SEQ_LEN = 250, 128, 64
 # each start at the peak that served it best of 3e-4 to 4e-3, with Muon and with AdamW
 PEAK_PRETRAINED, PEAK_SCRATCH = 1e-3, 2e-3
 CLASSIFIER_FOLDER = "classifier"
@@ -112,7 +112,7 @@ def run_demo(
     stages = Stages(say)
     with stages.stage("text", "text: docstrings of the libraries installed here"):
         docs = collect(say=say)
-        task = labelled_task(docs, seed=seed)
+        task = labelled_task(docs, train_size=FINETUNE_LABELS, seed=seed)
         texts = pretraining_texts(docs, task)
         say(_describe(docs, texts, task))
     with stages.stage("tokenizer", f"vocabulary: WordPiece, {VOCAB_SIZE:,} tokens"):
