@@ -11,6 +11,8 @@ from typing import IO, Any
 
 from fastbert.errors import InputError
 
+LOCK_FILE = ".lock"
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
@@ -60,3 +62,39 @@ def _sync_folder(folder: Path) -> None:
         pass
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold a folder for this process alone; the lock ends with the process, however it ends.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    path = Path(folder) / LOCK_FILE
+    try:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise writing_failed(path, error) from error
+    with file:
+        try:
+            _take_lock(file.fileno())
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise InputError(
+                f"{folder}: another process works here (process {holder}); wait for it or stop it"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def _take_lock(handle: int) -> None:
+    try:
+        import fcntl
+    except ImportError:
+        # no such locks on this system
+        return
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,11 +5,13 @@ A thin wrapper over the `tokenizers` library. Devlin et al. (2019), section 3; W
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +142,14 @@ class Tokenizer:
         _write(folder / "tokenizer.json", self.backend.to_str(pretty=True))
         _write(folder / "vocab.txt", "".join(f"{token}\n" for token in self.tokens))
         _write(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A checksum of what decides the ids: vocabulary, and how text is normalised."""
+        normalizer = self.backend.normalizer
+        settings = [getattr(normalizer, name, None) for name in _NORMALIZER_SETTINGS.values()]
+        described = json.dumps([self.tokens, settings], ensure_ascii=True)
+        return hashlib.sha256(described.encode()).hexdigest()[:32]
 
     def id_to_token(self, index: int) -> str:
         """The token of an id in 0 to `vocab_size - 1`."""

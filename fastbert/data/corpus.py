@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from fastbert.data.tables import is_table, table_texts
 from fastbert.data.text_files import Line, counted, decoded_lines, find_files, is_unicode
 from fastbert.errors import InputError
 
@@ -33,6 +34,9 @@ _BOOK_START = re.compile(r"\*\*\* ?START OF (?:THIS|THE) PROJECT GUTENBERG EBOOK
 _BOOK_END = re.compile(r"(?:\*\*\* ?)?END OF (?:THIS |THE )?PROJECT GUTENBERG", re.IGNORECASE)
 _HEADING = re.compile(r"= [^=]+ =")
 _LINES_TO_GUESS_FROM = 4000
+_RECORDS = re.compile(r"\.jsonl(\.(gz|zst))?$", re.IGNORECASE)
+# a longer one is cut between its lines, so that memory is bounded whatever the text
+LONGEST_DOCUMENT = 8_000_000
 
 
 class Document(NamedTuple):
@@ -63,69 +67,100 @@ def read_documents(
         InputError: at once for a path that does not exist or holds nothing; while reading for
             bytes that are not UTF-8, broken records and archives, and where no text is found.
     """
-    if doc_sep not in DOCUMENT_SEPARATORS:
-        raise InputError(f"doc-sep: {doc_sep!r} is not one of {', '.join(DOCUMENT_SEPARATORS)}")
-    files = find_files(paths, say=say)
-    return _read_all(files, doc_sep, say)
+    return _read_all(Reader(find_files(paths, say=say), doc_sep, say))
 
 
-class _Tally:
-    """What was met on the way, for the totals."""
+class Reader:
+    """Reads files one at a time and counts what it meets.
 
-    def __init__(self) -> None:
-        self.documents = 0
-        self.empty = 0
-        self.books = 0
-        self.guesses: Counter[str] = Counter()
+    Args:
+        files: from `find_files`.
+        doc_sep: as for `read_documents`.
+        say: told the guesses.
 
+    Attributes:
+        empty: documents without text so far, which are skipped.
+        cut: places where a document of more than `LONGEST_DOCUMENT` characters was cut.
+    """
 
-def _read_all(files: list[Path], doc_sep: str, say: Callable[[str], None]) -> Iterator[Document]:
-    tally = _Tally()
-    without_text = 0
-    last_guess = None
-    for path in files:
-        before = tally.documents
-        if path.name.lower().endswith((".jsonl", ".jsonl.gz")):
-            documents = _records(path)
-        else:
-            lines = decoded_lines(path)
-            head = list(itertools.islice(lines, _LINES_TO_GUESS_FROM))
-            kind = _guess(head) if doc_sep == "auto" else doc_sep
-            if doc_sep == "auto" and kind != last_guess:
-                say(f"{path}: {_DESCRIPTION[kind]} (guessed; --doc-sep blank|line|file to change)")
-                last_guess = kind
-            tally.guesses[kind] += 1
-            wrapped = _hard_wrapped(head)
-            body = _without_licence(itertools.chain(head, lines), head, tally)
-            documents = _documents(body, str(path), kind, wrapped)
-        for document in documents:
+    def __init__(self, files: Sequence[Path], doc_sep: str, say: Callable[[str], None]) -> None:
+        if doc_sep not in DOCUMENT_SEPARATORS:
+            raise InputError(f"doc-sep: {doc_sep!r} is not one of {', '.join(DOCUMENT_SEPARATORS)}")
+        self.files, self.doc_sep, self.say = files, doc_sep, say
+        self.documents = self.empty = self.books = self.cut = self.without_text = 0
+        self._guesses: Counter[str] = Counter()
+        self._last_guess: str | None = None
+
+    def read(self, path: Path) -> Iterator[Document]:
+        """The documents of one file, those without text left out.
+
+        Raises:
+            InputError: as `read_documents` while reading.
+        """
+        before = self.documents
+        for document in self._of(path):
             if _has_text(document.text):
-                tally.documents += 1
+                self.documents += 1
                 yield document
             else:
-                tally.empty += 1
-        without_text += tally.documents == before
-    if not tally.documents:
-        raise InputError(f"{files[0]}: no readable text in {counted(len(files), 'file')}")
-    say(_totals(len(files), without_text, tally, guessed=doc_sep == "auto"))
+                self.empty += 1
+        self.without_text += self.documents == before
 
+    def totals(self) -> str:
+        """What was read, in a line.
 
-def _totals(files: int, without_text: int, tally: _Tally, *, guessed: bool) -> str:
-    parts = [f"corpus: {counted(files, 'file')}, {counted(tally.documents, 'document')}"]
-    if guessed and len(tally.guesses) > 1:
-        parts += [
-            f"{counted(count, 'file')} {_DESCRIPTION[kind]}"
-            for kind, count in tally.guesses.items()
+        Raises:
+            InputError: nothing was.
+        """
+        if not self.documents:
+            files = counted(len(self.files), "file")
+            raise InputError(f"{self.files[0]}: no readable text in {files}")
+        parts = [
+            f"corpus: {counted(len(self.files), 'file')}, {counted(self.documents, 'document')}"
         ]
-    if tally.empty:
-        parts.append(f"{counted(tally.empty, 'document')} without text skipped")
-    if without_text:
-        parts.append(f"{counted(without_text, 'file')} without text")
-    if tally.books:
-        parts.append(
-            f"Project Gutenberg header and licence left out of {counted(tally.books, 'file')}"
-        )
-    return "; ".join(parts)
+        if len(self._guesses) > 1:
+            parts += [
+                f"{counted(count, 'file')} {_DESCRIPTION[kind]}"
+                for kind, count in self._guesses.items()
+            ]
+        if self.empty:
+            parts.append(f"{counted(self.empty, 'document')} without text skipped")
+        if self.without_text:
+            parts.append(f"{counted(self.without_text, 'file')} without text")
+        if self.cut:
+            parts.append(f"long documents cut at {counted(self.cut, 'place')}")
+        if self.books:
+            parts.append(
+                "Project Gutenberg header and licence left out of " + counted(self.books, "file")
+            )
+        return "; ".join(parts)
+
+    def _of(self, path: Path) -> Iterator[Document]:
+        if is_table(path):
+            yield from (Document(text, str(path), row) for text, row in table_texts(path))
+            return
+        if _RECORDS.search(path.name):
+            yield from _records(path)
+            return
+        lines = decoded_lines(path)
+        head = list(itertools.islice(lines, _LINES_TO_GUESS_FROM))
+        kind = self.doc_sep
+        if kind == "auto":
+            kind = _guess(head)
+            self._guesses[kind] += 1
+            if kind != self._last_guess:
+                what = _DESCRIPTION[kind]
+                self.say(f"{path}: {what} (guessed; --doc-sep blank|line|file to change)")
+                self._last_guess = kind
+        body = _without_licence(itertools.chain(head, lines), head, self)
+        for part in _parts(body, kind, self):
+            yield from _documents(part, str(path), kind, _hard_wrapped(head))
+
+
+def _read_all(reader: Reader) -> Iterator[Document]:
+    for path in reader.files:
+        yield from reader.read(path)
+    reader.say(reader.totals())
 
 
 def _records(path: Path) -> Iterator[Document]:
@@ -186,12 +221,12 @@ def _columns(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 
-def _without_licence(lines: Iterable[Line], head: Sequence[Line], tally: _Tally) -> Iterator[Line]:
+def _without_licence(lines: Iterable[Line], head: Sequence[Line], reader: Reader) -> Iterator[Line]:
     start = next((line for line in head if _BOOK_START.match(line.text)), None)
     if start is None:
         yield from lines
         return
-    tally.books += 1
+    reader.books += 1
     marker_open = False
     for line in lines:
         if line.number < start.number:
@@ -204,6 +239,34 @@ def _without_licence(lines: Iterable[Line], head: Sequence[Line], tally: _Tally)
             break
         else:
             yield line
+
+
+def _parts(lines: Iterable[Line], kind: str, reader: Reader) -> Iterator[Iterable[Line]]:
+    """The lines in portions that fit memory, cut between documents where there is a place."""
+    if kind == "line":
+        yield lines
+        return
+    part: list[Line] = []
+    characters = 0
+    for line in lines:
+        if characters > LONGEST_DOCUMENT:
+            between = _between_documents(line.text.strip(), kind)
+            if between or characters > 2 * LONGEST_DOCUMENT:
+                reader.cut += not between or kind == "file"
+                yield part
+                part, characters = [], 0
+        part.append(line)
+        characters += len(line.text)
+    yield part
+
+
+def _between_documents(text: str, kind: str) -> bool:
+    """Whether a document of this kind may begin with this line."""
+    if kind == "tags":
+        return _DOC_START.match(text) is not None
+    if kind == "headings":
+        return _HEADING.fullmatch(text) is not None
+    return not text
 
 
 def _documents(lines: Iterable[Line], path: str, kind: str, wrapped: bool) -> Iterator[Document]:

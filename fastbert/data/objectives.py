@@ -38,9 +38,11 @@ class Objective:
     Attributes:
         pair: "nsp" (is the second segment the next one, or random), "sop" (are the segments in
             order, or swapped; Lan et al. 2019, arXiv:1909.11942), or None.
+        segments: that a sequence with a pair objective is split into.
     """
 
     pair: str | None = None
+    segments: int = 2
 
     @classmethod
     def parse(cls, text: str) -> Objective:
@@ -76,8 +78,8 @@ class Objective:
 
     @property
     def added_tokens(self) -> int:
-        """[CLS] and [SEP]s a sequence of two segments (or one) carries."""
-        return 2 if self.pair is None else 3
+        """[CLS] and [SEP]s a sequence carries."""
+        return 2 if self.pair is None else 1 + self.segments
 
 
 @dataclass

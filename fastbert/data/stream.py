@@ -54,6 +54,11 @@ class StreamConfig:
     # one shape for all batches, as compiled steps and CUDA graphs want; else few slots are unused
     fixed_shapes: bool = False
 
+    @property
+    def most_masked(self) -> float:
+        """The largest share that is ever chosen."""
+        return self.mask_probability
+
     def __post_init__(self) -> None:
         if self.token_budget > MOST_TOKENS:
             raise InputError(

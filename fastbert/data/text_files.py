@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import gzip
+import io
 import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
 from fastbert.errors import InputError
 
-_FOLDER_PATTERN = re.compile(r".*\.(txt|jsonl|gz)|.*wiki_\d+", re.IGNORECASE)
-_NOT_TEXT = frozenset(
-    {".json", ".zip", ".bz2", ".xz", ".zst", ".7z", ".pdf", ".docx", ".parquet", ".arrow"}
-)
-_ACCEPTED = ".txt, .jsonl (a `text` field a line) and .gz of either"
+_FOLDER_PATTERN = re.compile(r".*\.(txt|jsonl|gz|zst|parquet)|.*wiki_\d+", re.IGNORECASE)
+_NOT_TEXT = frozenset({".json", ".zip", ".bz2", ".xz", ".7z", ".pdf", ".docx", ".arrow"})
+_ACCEPTED = ".txt, .jsonl (a `text` field a line), .gz and .zst of either, .parquet"
+# in bytes; memory is bounded whatever the text
+LONGEST_LINE = 1 << 26
 
 
 class Line(NamedTuple):
@@ -40,6 +42,9 @@ def find_files(
     found: dict[Path, Path] = {}
     repeated = empty = 0
     for name in paths:
+        if is_hub_name(name):
+            found.setdefault(Path(name), Path(name))
+            continue
         outright = Path(name).is_file()
         for file in _expand(name):
             # a pipe has no size
@@ -84,14 +89,50 @@ def _expand(name: str | os.PathLike[str]) -> list[Path]:
     raise InputError(f"{path}: no such file or folder")
 
 
-def _raw_lines(path: Path) -> Iterator[bytes]:
-    packed = path.suffix.lower() == ".gz"
+def is_hub_name(name: str | os.PathLike[str]) -> bool:
+    """Whether this names a data set of the Hugging Face hub, or one in its form: hf:NAME."""
+    return str(name).startswith("hf:")
+
+
+def _open(path: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
+    packing = path.suffix.lower()
+    if packing == ".gz":
+        return gzip.open(path)
+    if packing == ".zst":
+        return io.BufferedReader(zstandard().ZstdDecompressor().stream_reader(
+            open(path, "rb"), read_across_frames=True, closefd=True))
+    return open(path, "rb")
+
+
+def zstandard() -> Any:
+    """The library that unpacks .zst.
+
+    Raises:
+        InputError: it is not installed; names the extra.
+    """
     try:
-        with gzip.open(path) if packed else open(path, "rb") as file:
+        import zstandard as library
+    except ImportError:
+        raise InputError(".zst needs zstandard: pip install 'fastbert[data]'") from None
+    return library
+
+
+def _raw_lines(path: Path) -> Iterator[bytes]:
+    packing = path.suffix.lower()
+    broken: tuple[type[Exception], ...] = (gzip.BadGzipFile, EOFError, zlib.error)
+    if packing == ".zst":
+        broken = (zstandard().ZstdError,)
+    try:
+        with _open(path) as file:
             # only b"\n" ends a line here, as it should
-            yield from file
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: broken gz archive: {error}") from error
+            while line := file.readline(LONGEST_LINE + 1):
+                if len(line) > LONGEST_LINE:
+                    raise InputError(
+                        f"{path}: a line of more than {LONGEST_LINE >> 20} MiB; break it up"
+                    )
+                yield line
+    except broken as error:
+        raise InputError(f"{path}: broken {packing[1:]} archive: {error}") from error
     except OSError as error:
         raise InputError(f"{path}: cannot read: {error.strerror or error}") from error
 

@@ -1,0 +1,326 @@
+"""Pre-training batches without end, from any place, for any number of ranks and workers.
+
+1. An epoch shuffles the text's regions; a window takes the next few hundred.
+2. Its regions are cut into samples, these shuffled and packed by best fit: the plan of some
+   hundred batches, made without looking at a token but for words that a cut would split.
+3. Batches are dealt in groups, one an optimiser step; every rank plans alike and takes its own.
+4. A thread, or worker processes, write out and mask what was planned, ahead of the step.
+
+All is a function of (seed, epoch, global sample index): a resume needs a position, not a history.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fastbert.data.batches import Vocabulary, write_samples
+from fastbert.data.draws import Draws
+from fastbert.data.regions import Part, Regions
+from fastbert.data.samples import Samples, plan_samples
+from fastbert.data.stream import MASKED_STEP, SEQUENCE_STEP, Position, StreamConfig
+from fastbert.data.workers import worker_pool
+from fastbert.errors import InputError
+from fastbert.packing import Capacity, Examples, PackedBatch, best_fit
+from fastbert.tokenizer import Tokenizer
+
+# batches a window holds; its last one may be part empty, so many make that small
+WINDOW_BATCHES = 256
+DEPTH = 4
+_REGIONS, _SAMPLES, _BATCHES = 200, 201, 202
+
+
+@dataclass
+class Window:
+    """A plan: samples, and which of them each batch holds."""
+
+    samples: Samples
+    batches: list[np.ndarray]
+    draws: Draws
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One batch, not yet written out, and the position once its group is done."""
+
+    samples: Samples
+    draws: Draws
+    after: Position
+
+
+class Planner:
+    """Plans windows.
+
+    Args:
+        parts: the text.
+        tokenizer: of it.
+        config: how text becomes batches.
+    """
+
+    def __init__(self, parts: Sequence[Part], tokenizer: Tokenizer, config: StreamConfig) -> None:
+        self.config = config
+        room = config.max_seq_len - config.objective.added_tokens
+        self.regions = Regions(parts, room, tokenizer.is_subword)
+        wanted = WINDOW_BATCHES * config.token_budget / self.regions.size
+        self.windows = max(round(self.regions.count / max(wanted, 1.0)), 1)
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def window(self, epoch: int, number: int) -> Window:
+        """Plan one of an epoch's `windows`."""
+        draws = Draws(self.config.seed, epoch)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, self.regions.order(draws.of(_REGIONS))
+        edges = np.linspace(0, self.regions.count, self.windows + 1).astype(np.int64)
+        chosen = self._order[1][edges[number] : edges[number + 1]]
+        samples = plan_samples(self.regions, chosen, self.config.objective, draws)
+        samples = samples[np.argsort(draws.of(_SAMPLES).words(samples.index), kind="stable")]
+        batches = [np.sort(rows) for rows in self._packed(samples.lengths)]
+        order = draws.of(_BATCHES).of(number).permutation(len(batches))
+        return Window(samples, [batches[place] for place in order.tolist()], draws)
+
+    def from_position(self, position: Position) -> Iterator[tuple[Samples, Draws, Position]]:
+        """Every batch from a position on, without end, each with the position after it."""
+        epoch, number, batch = position.epoch, position.window, position.batch
+        while True:
+            window = self.window(epoch, number)
+            for place in range(batch, len(window.batches)):
+                after = Position(epoch, number, place + 1)
+                yield window.samples[window.batches[place]], window.draws, after
+            batch, number = 0, number + 1
+            if number == self.windows:
+                epoch, number = epoch + 1, 0
+
+    def epoch(self) -> Iterator[tuple[Samples, Draws]]:
+        """Every batch of the first epoch."""
+        for number in range(self.windows):
+            window = self.window(0, number)
+            for rows in window.batches:
+                yield window.samples[rows], window.draws
+
+    def capacity(self, sequences: int, masked: int) -> Capacity:
+        """The stream is always as long as the budget; the rest is fixed, or a step of its size."""
+        budget = self.config.token_budget
+        if self.config.fixed_shapes:
+            most = self._most_sequences()
+            # each sequence masks at most one token over its share
+            return Capacity(budget, most, int(budget * self.config.most_masked) + most)
+        return Capacity(
+            tokens=budget,
+            sequences=_rounded_up(sequences, SEQUENCE_STEP),
+            masked=_rounded_up(masked, MASKED_STEP),
+        )
+
+    def _most_sequences(self) -> int:
+        return max(self.config.token_budget // 16, 1)
+
+    def _packed(self, lengths: np.ndarray) -> list[list[int]]:
+        budget = self.config.token_budget
+        slots = self._most_sequences() if self.config.fixed_shapes else None
+        total = int(lengths.sum())
+        fewest = -(-total // budget)
+        # an even level: an optimiser that scales its steps would turn a rest of a handful of
+        # tokens into a full step
+        level = -(-total // fewest) + budget // 512
+        if level < budget and int(lengths.max()) <= level:
+            even = best_fit(lengths, level, slots)
+            if len(even) == fewest:
+                return even
+        return best_fit(lengths, budget, slots)
+
+
+class Loader:
+    """Batches of one rank, prepared ahead of the step; close it to end its thread and workers.
+
+    Args:
+        parts: the text.
+        tokenizer: of it.
+        config: how text becomes batches.
+        position: where to begin.
+        group: batches an optimiser step, over all ranks.
+        rank, ranks: this process's share: batches `rank`, `rank + ranks`, ... of each group. A
+            rank that is one short gets an empty one.
+        workers: processes that write batches; 0 for a thread of this process.
+
+    Attributes:
+        waited_s: seconds the caller has waited for batches.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        tokenizer: Tokenizer,
+        config: StreamConfig,
+        position: Position | None = None,
+        *,
+        group: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
+        workers: int = 0,
+    ) -> None:
+        if workers < 0:
+            raise InputError(f"--loader-workers must be at least 0, got {workers}")
+        self.planner = Planner(parts, tokenizer, config)
+        self.group, self.rank, self.ranks = group, rank, ranks
+        self.waited_s = 0.0
+        self._writer = _Writer([part.corpus.ids for part in parts], Vocabulary.of(tokenizer), config)
+        self._ready: queue.Queue[tuple[PackedBatch, Position] | BaseException] = queue.Queue(DEPTH)
+        self._closed = threading.Event()
+        self._pool = worker_pool(workers, _take, self._writer) if workers else None
+        self._ahead = DEPTH * max(workers, 1)
+        self._thread = threading.Thread(
+            target=self._produce, args=(position or Position(),), daemon=True, name="batches"
+        )
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[tuple[PackedBatch, Position]]:
+        return self
+
+    def __next__(self) -> tuple[PackedBatch, Position]:
+        began = time.monotonic()
+        item = self._ready.get()
+        self.waited_s += time.monotonic() - began
+        if isinstance(item, BaseException):
+            self._ready.put(item)
+            raise item
+        return item
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the thread and the workers."""
+        self._closed.set()
+        self._thread.join()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _produce(self, position: Position) -> None:
+        try:
+            for batch in self._batches(position):
+                self._put(batch)
+                if self._closed.is_set():
+                    return
+        except BaseException as error:
+            self._put(error)
+
+    def _batches(self, position: Position) -> Iterator[tuple[PackedBatch, Position]]:
+        planned = self._dealt(position)
+        if self._pool is None:
+            for one in planned:
+                yield self._laid_out(self._writer(one.samples, one.draws)), one.after
+            return
+        waiting: deque[tuple[Future[Examples], Position]] = deque()
+        for one in planned:
+            waiting.append((self._pool.submit(_write, one.samples, one.draws), one.after))
+            if len(waiting) >= self._ahead:
+                future, after = waiting.popleft()
+                yield self._laid_out(future.result()), after
+
+    def _dealt(self, position: Position) -> Iterator[Planned]:
+        """This rank's share of every group."""
+        batches = self.planner.from_position(position)
+        share = -(-self.group // self.ranks)
+        while True:
+            group = [next(batches) for _ in range(self.group)]
+            after = group[-1][2]
+            own = group[self.rank :: self.ranks]
+            for samples, draws, _ in own:
+                yield Planned(samples, draws, after)
+            for _ in range(share - len(own)):
+                samples, draws, _ = group[0]
+                yield Planned(samples[np.zeros(0, dtype=np.int64)], draws, after)
+
+    def _laid_out(self, examples: Examples) -> PackedBatch:
+        return lay_out(examples, self.planner)
+
+    def _put(self, item: tuple[PackedBatch, Position] | BaseException) -> None:
+        while not self._closed.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+
+def lay_out(examples: Examples, planner: Planner) -> PackedBatch:
+    """All sequences as one batch of the planner's sizes."""
+    everything = np.arange(len(examples))
+    capacity = planner.capacity(len(examples), int(examples.num_masked.sum()))
+    batch = examples.batch(everything, capacity)
+    if planner.config.fixed_shapes:
+        # a compiled step is built for one value of it
+        batch.max_seqlen = planner.config.max_seq_len
+    return batch
+
+
+def one_pass(
+    parts: Sequence[Part], tokenizer: Tokenizer, config: StreamConfig
+) -> list[PackedBatch]:
+    """Every sequence of a text once, the same each time: what scores are taken on."""
+    planner = Planner(parts, tokenizer, config)
+    write = _Writer([part.corpus.ids for part in parts], Vocabulary.of(tokenizer), config)
+    return [lay_out(write(samples, draws), planner) for samples, draws in planner.epoch()]
+
+
+class _Writer:
+    """Samples to examples; sent to worker processes once."""
+
+    def __init__(
+        self, ids: Sequence[np.ndarray], vocabulary: Vocabulary, config: StreamConfig
+    ) -> None:
+        self.ids = [np.asarray(array) for array in ids]
+        self.vocabulary, self.config = vocabulary, config
+        self._sources = [_source(array) for array in ids]
+
+    def __reduce__(self) -> Any:
+        # what lies on disk is mapped again over there, not sent
+        return _opened, (self._sources, self.vocabulary, self.config)
+
+    def __call__(self, samples: Samples, draws: Draws) -> Examples:
+        return write_samples(
+            self.ids, samples, self.vocabulary, self.config.mask_probability, draws
+        )
+
+
+def _source(array: np.ndarray) -> Any:
+    if isinstance(array, np.memmap):
+        return np.memmap, (array.filename, array.dtype, "r", array.offset, array.shape)
+    return np.asarray, (array,)
+
+
+def _opened(sources: Sequence[Any], vocabulary: Vocabulary, config: StreamConfig) -> _Writer:
+    return _Writer([make(*arguments) for make, arguments in sources], vocabulary, config)
+
+
+_writer: Callable[[Samples, Draws], Examples] | None = None
+
+
+def _take(writer: _Writer) -> None:
+    global _writer
+    _writer = writer
+
+
+def _write(samples: Samples, draws: Draws) -> Examples:
+    assert _writer is not None
+    examples = _writer(samples, draws)
+    # half the bytes on the way back
+    return replace(
+        examples,
+        input_ids=examples.input_ids.astype(np.int32),
+        token_type_ids=examples.token_type_ids.astype(np.int8),
+    )
+
+
+def _rounded_up(count: int, step: int) -> int:
+    return -(-count // step) * step
