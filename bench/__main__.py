@@ -12,6 +12,7 @@ from fastbert.threads import sleep_soon
 # name -> module with `main(arguments) -> exit status`, and what it measures
 COMMANDS = {
     "train-step": ("fastbert.bench.train_step", "one optimiser step beside transformers"),
+    "loader": ("fastbert.bench.loader", "preparing text, and batches out of shards"),
     "validate": ("fastbert.bench.validate", "every kernel against fp64; --compile without a GPU"),
     "kernels": ("fastbert.bench.kernels", "each operator beside its peers, on a GPU"),
     "tune": ("fastbert.bench.tune", "launch configurations for this GPU"),

@@ -31,7 +31,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 BENCH = {
     "validate": "every kernel against fp64 on this machine; --compile needs no GPU",
     "tune": "measure launch configurations on this GPU",
-    "bench": "measurements: kernels, train-step",
+    "bench": "measurements: kernels, train-step, loader",
 }
 
 
@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_demo,
         _add_corpus,
         _add_tokenizer,
+        _add_prepare,
         _add_pretrain,
         _add_finetune,
         _add_predict,
@@ -172,11 +173,43 @@ def _train_tokenizer(given: argparse.Namespace) -> None:
     print(f"{given.out}: vocabulary of {tokenizer.vocab_size:,}")
 
 
+def _add_prepare(commands: Any) -> None:
+    from fastbert.data.prepare import SHARD_TOKENS
+
+    parser = _command(
+        commands, "prepare", _prepare, "text to token shards, on all cores; goes on after a kill"
+    )
+    parser.add_argument("sources", nargs="+", help="files, globs, folders, or hf:NAME")
+    parser.add_argument("--tokenizer", required=True, help="folder or file of the vocabulary")
+    parser.add_argument("--out", required=True, help="folder of the shards")
+    parser.add_argument("--workers", type=int, help="processes (one a core)")
+    parser.add_argument(
+        "--shard-tokens", type=int, default=SHARD_TOKENS, help="of one shard (%(default)s)"
+    )
+    _add_doc_sep(parser)
+
+
+def _prepare(given: argparse.Namespace) -> None:
+    from fastbert.data.prepare import prepare
+    from fastbert.tokenizer import Tokenizer
+
+    prepare(
+        given.sources,
+        Tokenizer.from_pretrained(given.tokenizer),
+        given.out,
+        doc_sep=given.doc_sep,
+        workers=given.workers,
+        shard_tokens=given.shard_tokens,
+    )
+
+
 def _add_pretrain(commands: Any) -> None:
     from fastbert.training.pretrain import PretrainConfig
 
     parser = _command(commands, "pretrain", _pretrain, "pre-train an encoder on text")
-    parser.add_argument("sources", nargs="+", help="files, globs or folders of text")
+    parser.add_argument(
+        "sources", nargs="+", help="a folder of shards, or files, globs, folders of text"
+    )
     parser.add_argument("--tokenizer", required=True, help="folder or file of the vocabulary")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     _add_doc_sep(parser)

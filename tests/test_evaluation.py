@@ -29,7 +29,7 @@ def model_of(architecture=BertForPreTraining, **fields):
 
 def test_unigram_log_probabilities_add_one():
     corpus = TokenizedCorpus(np.array([5, 5, 5, 6], np.uint16), np.array([0, 4]), np.array([0, 1]))
-    found = unigram_log_probabilities(corpus, 8)
+    found = unigram_log_probabilities([corpus], 8)
     assert found.tolist() == np.log(np.array([1, 1, 1, 1, 1, 4, 2, 1]) / 12).tolist()
     assert math.isclose(np.exp(found).sum(), 1.0)
 
@@ -98,7 +98,7 @@ def test_no_pair_accuracy_without_pairs():
 
 def test_a_model_that_says_the_unigram_has_the_unigram_s_loss():
     tokenizer, corpus = tiny_tokenizer(), tiny_corpus()
-    logs = unigram_log_probabilities(corpus, tokenizer.vocab_size)
+    logs = unigram_log_probabilities([corpus], tokenizer.vocab_size)
     model = BertForMaskedLM.from_config(tiny_config(vocab_size=tokenizer.vocab_size))
     with torch.no_grad():
         model.masked_lm.norm.weight.zero_()

@@ -1,4 +1,4 @@
-"""Samples to a batch: gather tokens, mask, lay out. Everything here is a function of its samples."""
+"""Samples to a batch: gather tokens, mask, lay out. A function of the samples alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from fastbert.data.draws import Draws
 from fastbert.data.masking import choose_tokens, hide
 from fastbert.data.samples import Samples
-from fastbert.packing import IGNORE_INDEX, Examples
+from fastbert.packing import Examples
 from fastbert.tokenizer import Tokenizer
 
 
@@ -100,7 +100,7 @@ def write_samples(
         vocabulary.mask_id,
         draws,
     )
-    paired = sizes.shape[1] > 1 or bool((samples.labels != IGNORE_INDEX).any())
+    paired = sizes.shape[1] > 1
     return Examples(
         input_ids=input_ids,
         token_type_ids=token_type_ids,
@@ -108,6 +108,8 @@ def write_samples(
         masked_positions=chosen,
         labels=labels,
         sequence_labels=samples.labels if paired else None,
+        # dropout's coordinates are 32 bits wide; equal ones in a step would only share a mask
+        sample_ids=samples.index & 0x7FFFFFFF,
     )
 
 

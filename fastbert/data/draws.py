@@ -43,7 +43,7 @@ class Draws:
             [n] uint64.
         """
         word = _finalised(np.asarray(index).astype(np.uint64) * np.uint64(_WEYL) + _u64(self.key))
-        word += np.asarray(counter).astype(np.uint64) * np.uint64(_STRIDE) + np.uint64(_WEYL)
+        word += np.atleast_1d(counter).astype(np.uint64) * np.uint64(_STRIDE) + np.uint64(_WEYL)
         return _finalised(word)
 
     def uniform(self, index: np.ndarray, counter: np.ndarray | int = 0) -> np.ndarray:
@@ -61,9 +61,7 @@ class Draws:
         words = -(-int(trials.max(initial=0)) // 64)
         if not words:
             return np.zeros(len(trials), dtype=np.int64)
-        drawn = self.words(
-            np.repeat(index, words), counter + np.tile(np.arange(words), len(index))
-        )
+        drawn = self.words(np.repeat(index, words), counter + np.tile(np.arange(words), len(index)))
         coins = np.unpackbits(drawn.view(np.uint8).reshape(len(trials), -1), axis=1)
         heads = coins * (np.arange(64 * words) < trials[:, None])
         return heads.sum(axis=1, dtype=np.int64)

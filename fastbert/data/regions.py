@@ -68,7 +68,9 @@ class Part:
         # of one dtype, or numpy would convert the whole array
         return np.searchsorted(starts, places.astype(starts.dtype), side)  # type: ignore[call-overload, no-any-return]
 
-    def before_word(self, places: np.ndarray, floors: np.ndarray, subword: np.ndarray) -> np.ndarray:
+    def before_word(
+        self, places: np.ndarray, floors: np.ndarray, subword: np.ndarray
+    ) -> np.ndarray:
         """Each place, moved back to the start of its word unless that reaches its floor."""
         found = places.copy()
         moving = np.arange(len(places))
@@ -182,7 +184,8 @@ def _without_ends(corpus: TokenizedCorpus, fraction: float) -> tuple[Part, np.nd
     held = np.minimum(np.maximum(np.round(sizes * fraction).astype(np.int64), 1), sizes - 1)
     sentences = np.asarray(corpus.sentence_starts)
     first, middle, end = (
-        sentences[places].astype(np.int64) for places in (starts[:-1], starts[1:] - held, starts[1:])
+        sentences[places].astype(np.int64)
+        for places in (starts[:-1], starts[1:] - held, starts[1:])
     )
     some = end > middle
     return Part(corpus, first, middle), np.stack([middle[some], end[some]], 1)

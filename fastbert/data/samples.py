@@ -14,7 +14,7 @@ import numpy as np
 
 from fastbert.data.draws import Draws
 from fastbert.data.objectives import SHORT_SEQUENCE_SHARE, Objective
-from fastbert.data.regions import Part, Regions, document_bounds
+from fastbert.data.regions import Part, Regions
 from fastbert.errors import InputError
 from fastbert.packing import IGNORE_INDEX
 
@@ -96,7 +96,8 @@ def _cut(
     # no piece is empty, so a region has no more pieces than tokens
     slots = 1 << (2 * regions.size).bit_length()
     bounds = regions.bounds(number, own)
-    own, at, end = own[bounds[:, 0] < bounds[:, 1]], *bounds[bounds[:, 0] < bounds[:, 1]].T
+    some = bounds[:, 0] < bounds[:, 1]
+    own, at, end = own[some], bounds[some, 0], bounds[some, 1]
     span = np.searchsorted(part.offsets, at, "right") - 1
     found: list[tuple[np.ndarray, ...]] = []
     for step in itertools.count():

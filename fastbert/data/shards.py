@@ -216,7 +216,8 @@ def open_shard(path: Path, info: ShardInfo, tokenizer: str) -> TokenizedCorpus:
             raise InputError(f"{path}: cut off: {size:,} bytes, at least {end:,} are wanted")
         arrays.append(np.memmap(path, kind, "r", offset, (count,)))
         offset = end
-    return TokenizedCorpus(*arrays)
+    ids, sentence_starts, document_starts = arrays
+    return TokenizedCorpus(ids, sentence_starts, document_starts)
 
 
 def verify_shard(path: Path, info: ShardInfo) -> None:

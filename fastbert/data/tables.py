@@ -40,9 +40,7 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise InputError(
-            f"{path}: .parquet needs pyarrow: pip install 'fastbert[data]'"
-        ) from None
+        raise InputError(f"{path}: .parquet needs pyarrow: pip install 'fastbert[data]'") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names

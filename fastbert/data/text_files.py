@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import gzip
 import io
@@ -11,7 +10,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from fastbert.errors import InputError
 
@@ -94,13 +93,16 @@ def is_hub_name(name: str | os.PathLike[str]) -> bool:
     return str(name).startswith("hf:")
 
 
-def _open(path: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
+def _open(path: Path) -> IO[bytes]:
     packing = path.suffix.lower()
     if packing == ".gz":
-        return gzip.open(path)
+        return cast(IO[bytes], gzip.open(path))
     if packing == ".zst":
-        return io.BufferedReader(zstandard().ZstdDecompressor().stream_reader(
-            open(path, "rb"), read_across_frames=True, closefd=True))
+        return io.BufferedReader(
+            zstandard()
+            .ZstdDecompressor()
+            .stream_reader(open(path, "rb"), read_across_frames=True, closefd=True)
+        )
     return open(path, "rb")
 
 

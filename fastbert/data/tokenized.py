@@ -15,6 +15,7 @@ from fastbert.errors import InputError
 from fastbert.tokenizer import Tokenizer
 
 _BATCH_CHARACTERS = 4_000_000
+_COUNTED_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,12 @@ class TokenizedCorpus:
 
     def unigram_counts(self, vocab_size: int) -> np.ndarray:
         """How often each id occurs, `[vocab_size]` int64."""
-        return np.bincount(self.ids, minlength=vocab_size)
+        counts = np.zeros(vocab_size, dtype=np.int64)
+        # in blocks: bincount widens what it counts, and shards are larger than memory
+        for start in range(0, self.tokens, _COUNTED_AT_ONCE):
+            block = np.asarray(self.ids[start : start + _COUNTED_AT_ONCE])
+            counts += np.bincount(block, minlength=vocab_size)
+        return counts
 
     def split(self, fraction: float, seed: int) -> tuple[TokenizedCorpus, TokenizedCorpus]:
         """Two corpora, the second with about `fraction` of the documents; the order is kept.

@@ -9,7 +9,9 @@ import torch
 
 from fastbert.config import refuse_foreign_tokenizer
 from fastbert.data.corpus import read_documents
+from fastbert.data.loader import one_pass
 from fastbert.data.objectives import Objective
+from fastbert.data.regions import Part
 from fastbert.data.stream import StreamConfig, heldout_batches
 from fastbert.data.tokenized import TokenizedCorpus
 from fastbert.errors import InputError
@@ -31,6 +33,16 @@ def heldout(
         objective, max(_TOKENS_AT_ONCE, max_seq_len), max_seq_len, seed=HELDOUT_SEED
     )
     return heldout_batches(corpus, tokenizer, config)
+
+
+def heldout_pass(
+    corpus: TokenizedCorpus, tokenizer: Tokenizer, objective: Objective, max_seq_len: int
+) -> list[PackedBatch]:
+    """As `heldout`, with every draw a function of the sample's index."""
+    config = StreamConfig(
+        objective, max(_TOKENS_AT_ONCE, max_seq_len), max_seq_len, seed=HELDOUT_SEED
+    )
+    return one_pass([Part.whole(corpus)], tokenizer, config)
 
 
 def evaluate_text(
@@ -80,15 +92,17 @@ def evaluate_text(
     if wanted.pair == "nsp" and corpus.documents < 2:
         say("one document: next-sentence pairs need another, so masked LM alone is scored")
         wanted = Objective()
-    batches = heldout(corpus, tokenizer, wanted, length)
+    batches = heldout_pass(corpus, tokenizer, wanted, length)
     figures = evaluate_pretraining(model, batches, compute_dtype(dtype, device))
-    unigram = unigram_log_probabilities(corpus, tokenizer.vocab_size)
+    unigram = unigram_log_probabilities([corpus], tokenizer.vocab_size)
     return {**figures, "unigram_loss": unigram_loss(batches, unigram)}
 
 
-def unigram_log_probabilities(corpus: TokenizedCorpus, vocab_size: int) -> np.ndarray:
+def unigram_log_probabilities(corpora: Sequence[TokenizedCorpus], vocab_size: int) -> np.ndarray:
     """[vocab_size] float64: how often each id occurs, one added to every count."""
-    counts = corpus.unigram_counts(vocab_size).astype(np.float64) + 1.0
+    counts = np.ones(vocab_size)
+    for corpus in corpora:
+        counts += corpus.unigram_counts(vocab_size)
     return np.log(counts / counts.sum())
 
 

@@ -10,22 +10,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from fastbert.config import EncoderConfig
-from fastbert.data.corpus import read_documents
+from fastbert.data.cache import shards_of
+from fastbert.data.draws import Draws
+from fastbert.data.loader import Loader
 from fastbert.data.objectives import Objective
-from fastbert.data.stream import PretrainingStream, StreamConfig, prefetch
+from fastbert.data.regions import Part, hold_out
+from fastbert.data.shards import Manifest, open_folder
+from fastbert.data.stream import Position, PretrainingStream, StreamConfig, prefetch
 from fastbert.data.tokenized import TokenizedCorpus
 from fastbert.errors import InputError
 from fastbert.files import atomic_write
 from fastbert.models import BertForMaskedLM, BertForPreTraining
+from fastbert.packing import PackedBatch
 from fastbert.tokenizer import Tokenizer
 from fastbert.training.curves import draw_curves
 from fastbert.training.evaluation import (
     evaluate_pretraining,
     heldout,
+    heldout_pass,
     unigram_log_probabilities,
     unigram_loss,
 )
@@ -46,6 +53,7 @@ from fastbert.training.state import (
 MODEL_FOLDER, REPORT_FILE = "model", "report.json"
 # held-out text past this many tokens makes the scores no better, only later
 MOST_HELDOUT_TOKENS = 150_000
+HOLD_OUT = 300
 
 
 @dataclass
@@ -84,6 +92,9 @@ class PretrainConfig:
     dtype: str = field(
         default="auto", metadata={"help": "auto (bf16 where the hardware has it), fp32 or bf16"}
     )
+    loader_workers: int = field(
+        default=0, metadata={"help": "processes that prepare batches; 0 for a thread"}
+    )
     heldout: float = field(default=0.02, metadata={"help": "share of documents to score on"})
     evaluate_minutes: float = field(default=5.0, metadata={"help": "between held-out scores"})
     checkpoint_minutes: float = field(default=5.0, metadata={"help": "between checkpoints"})
@@ -102,6 +113,8 @@ class PretrainConfig:
             if not getattr(self, name) > 0:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{flag} must be more than 0, got {getattr(self, name)}")
+        if self.loader_workers < 0:
+            raise InputError(f"--loader-workers must be at least 0, got {self.loader_workers}")
         if self.weight_decay < 0.0:
             raise InputError(f"--weight-decay must be at least 0, got {self.weight_decay}")
         if not 0.0 <= self.dropout < 1.0:
@@ -157,7 +170,7 @@ def pretrain(
     """Read text, pre-train on it, and leave a model.
 
     Args:
-        sources: files, globs or folders.
+        sources: a folder of shards, or text: files, globs or folders.
         tokenizer_path: folder or file of a WordPiece vocabulary.
         config: everything else.
         doc_sep: how documents are separated: auto, blank, line or file.
@@ -187,33 +200,70 @@ def pretrain(
     config.stream(torch.device("cpu"))
     tokenizer = Tokenizer.from_pretrained(tokenizer_path)
     config.encoder(tokenizer.vocab_size)
-    documents = read_documents(sources, doc_sep=doc_sep, say=say)
-    corpus = TokenizedCorpus.build((d.text for d in documents), tokenizer)
-    fraction = min(config.heldout, MOST_HELDOUT_TOKENS / corpus.tokens)
-    if corpus.documents >= 4 and corpus.documents * fraction >= 1.0:
-        # a random next sentence comes from another document
-        fraction = max(fraction, 2 / corpus.documents)
-    train_corpus, heldout_corpus = corpus.split(fraction, config.seed)
-    fewest = min(train_corpus.documents, heldout_corpus.documents)
-    if Objective.parse(config.objective).pair == "nsp" and fewest < 2:
-        raise InputError(
-            f"--objective {config.objective} needs at least 2 documents to train on and 2 held "
-            f"out, found {corpus.documents} in all; --doc-sep splits the text otherwise, or take "
-            "mlm+sop"
-        )
+    shards = shards_of(sources, tokenizer, doc_sep=doc_sep, say=say)
+    manifest, corpora = open_folder(shards, tokenizer.fingerprint, say=say)
+    parts, heldout_corpus = _split(config, manifest, corpora)
     say(
-        f"{corpus.documents:,} documents, {corpus.tokens:,} tokens; "
+        f"{manifest.documents:,} documents, {manifest.tokens:,} tokens; "
         f"{heldout_corpus.tokens:,} of them held out"
     )
     folder = claim_run(config.out, settings, resume=resume)
-    report = pretrain_corpus(
-        train_corpus, heldout_corpus, tokenizer, config, folder, resume=resume, say=say
+    stream_config = config.stream(default_device())
+    text = Text(
+        tokenizer,
+        heldout_pass(heldout_corpus, tokenizer, stream_config.objective, config.max_seq_len),
+        unigram_log_probabilities([part.corpus for part in parts], tokenizer.vocab_size),
+        lambda position: Loader(
+            parts,
+            tokenizer,
+            stream_config,
+            position,
+            group=config.accumulation,
+            workers=config.loader_workers,
+        ),
     )
+    report = _pretrain_on(text, config, folder, resume=resume, say=say)
     if report:
         write_report(folder, report)
     else:
         say("to go on: the same command with --resume")
     return report
+
+
+def _split(
+    config: PretrainConfig, manifest: Manifest, corpora: list[TokenizedCorpus]
+) -> tuple[list[Part], TokenizedCorpus]:
+    """What is trained on, and what is held out."""
+    fraction = min(config.heldout, MOST_HELDOUT_TOKENS / manifest.tokens)
+    if manifest.documents >= 4 and manifest.documents * fraction >= 1.0:
+        # a random next sentence comes from another document
+        fraction = max(fraction, 2 / manifest.documents)
+    parts, heldout_corpus = hold_out(corpora, fraction, Draws(config.seed, HOLD_OUT))
+    fewest = min(heldout_corpus.documents, *(len(part.starts) for part in parts))
+    if Objective.parse(config.objective).pair == "nsp" and fewest < 2:
+        raise InputError(
+            f"--objective {config.objective} needs at least 2 documents to train on in every "
+            f"shard and 2 held out, found {manifest.documents} in all; --doc-sep splits the text "
+            "otherwise, or take mlm+sop"
+        )
+    return parts, heldout_corpus
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a run trains and is scored on.
+
+    Attributes:
+        tokenizer: of all of it.
+        scored: held-out batches.
+        log_probabilities: [vocab_size] float64, the unigram's.
+        batches: endless, from a position on, each with the position after it; to be closed.
+    """
+
+    tokenizer: Tokenizer
+    scored: list[PackedBatch]
+    log_probabilities: np.ndarray
+    batches: Callable[[Position], Any]
 
 
 def pretrain_corpus(
@@ -236,19 +286,37 @@ def pretrain_corpus(
         resume: go on from its newest checkpoint.
         say: told what happens.
     """
+    stream_config = config.stream(default_device())
+    text = Text(
+        tokenizer,
+        heldout(heldout_corpus, tokenizer, stream_config.objective, config.max_seq_len),
+        unigram_log_probabilities([train_corpus], tokenizer.vocab_size),
+        lambda position: prefetch(
+            PretrainingStream(train_corpus, tokenizer, stream_config, position)
+        ),
+    )
+    return _pretrain_on(text, config, folder, resume=resume, say=say)
+
+
+def _pretrain_on(
+    text: Text,
+    config: PretrainConfig,
+    folder: Path,
+    *,
+    resume: bool,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
     device = default_device()
     loop, stream_config = config.loop(), config.stream(device)
     dtype = compute_dtype(config.dtype, device)
-    log_probabilities = unigram_log_probabilities(train_corpus, tokenizer.vocab_size)
+    tokenizer = text.tokenizer
     architecture = BertForPreTraining if stream_config.objective.pair else BertForMaskedLM
     model = architecture.from_config(config.encoder(tokenizer.vocab_size), config.seed)
     # a decoder that starts at the unigram need not spend its first steps on finding it
-    model.masked_lm.bias.data.copy_(torch.from_numpy(log_probabilities))
+    model.masked_lm.bias.data.copy_(torch.from_numpy(text.log_probabilities))
     model.to(device)
     optimizers = _optimizers(model, config)
     state = load_checkpoint(folder, model, optimizers) if resume else TrainState()
-    scored = heldout(heldout_corpus, tokenizer, stream_config.objective, config.max_seq_len)
-    stream = PretrainingStream(train_corpus, tokenizer, stream_config, state.position)
     meter = Meter(folder, "pretrain")
     say(describe_path(device))
     say(
@@ -257,7 +325,7 @@ def pretrain_corpus(
         f"{config.token_budget * config.accumulation:,} tokens a step"
     )
     before = state.tokens, state.seconds
-    with closing(prefetch(stream)) as batches:
+    with closing(text.batches(state.position)) as batches:
         finished = train(
             model,
             optimizers,
@@ -266,16 +334,16 @@ def pretrain_corpus(
             state,
             meter,
             folder,
-            evaluate=lambda: evaluate_pretraining(model, scored, dtype),
+            evaluate=lambda: evaluate_pretraining(model, text.scored, dtype),
         )
     meter.close()
     if not finished:
         say(f"interrupted at step {state.step}; saved")
         return {}
     save_checkpoint(folder, state, model, optimizers)
-    figures = evaluate_pretraining(model, scored, dtype)
+    figures = evaluate_pretraining(model, text.scored, dtype)
     meter.evaluation(state, figures)
-    unigram = unigram_loss(scored, log_probabilities)
+    unigram = unigram_loss(text.scored, text.log_probabilities)
     model.save_pretrained(folder / MODEL_FOLDER)
     tokenizer.save_pretrained(folder / MODEL_FOLDER, model_max_length=config.max_seq_len)
     stream_config.objective.save(folder / MODEL_FOLDER, config.max_seq_len)

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from tiny import random_corpus, tiny_corpus, tiny_tokenizer
+
+from fastbert.data import loader as module
+from fastbert.data.draws import Draws
+from fastbert.data.loader import Loader, Planner, one_pass
+from fastbert.data.objectives import Objective
+from fastbert.data.regions import Part, hold_out
+from fastbert.data.stream import Position, StreamConfig
+from fastbert.errors import InputError
+from fastbert.packing import IGNORE_INDEX, PackedBatch
+
+CONFIG = StreamConfig(Objective("sop"), token_budget=512, max_seq_len=64, seed=1)
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch):
+    monkeypatch.setattr(module, "WINDOW_BATCHES", 9)
+
+
+def parts() -> list[Part]:
+    return [Part.whole(tiny_corpus(25)), Part.whole(tiny_corpus(20, seed=5))]
+
+
+def batches(position: Position | None = None, count: int = 8, config=CONFIG, **deal):
+    with Loader(parts(), tiny_tokenizer(), config, position, **deal) as loader:
+        return list(islice(loader, count))
+
+
+def same(left: PackedBatch, right: PackedBatch) -> bool:
+    return all(
+        torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+        for one, other in (
+            (getattr(left, f.name), getattr(right, f.name)) for f in dataclasses.fields(left)
+        )
+    )
+
+
+def contents(batch: PackedBatch) -> list[tuple[int, ...]]:
+    """Every sequence's unmasked tokens."""
+    ids = batch.input_ids.clone()
+    real = batch.labels != IGNORE_INDEX
+    ids[batch.masked_positions[real]] = batch.labels[real]
+    bounds = batch.cu_seqlens.tolist()[: batch.num_sequences + 1]
+    return [tuple(ids[start:end].tolist()) for start, end in itertools.pairwise(bounds)]
+
+
+def test_any_position_resumes_exactly_and_at_once():
+    planner = Planner(parts(), tiny_tokenizer(), CONFIG)
+    assert planner.windows >= 3
+    whole = batches(count=60)
+    positions = [Position(), *(after for _, after in whole)]
+    epochs = [position.epoch for position in positions]
+    # inside a window, at its end, at the end of an epoch, in the next
+    turn = epochs.index(1)
+    places = {1, 4, turn - 1, turn, turn + 1, turn + 5}
+    places |= {i for i, p in enumerate(positions[1:40], 1) if p.window != positions[i - 1].window}
+    for place in sorted(places):
+        for (expected, _), (actual, _) in zip(
+            whole[place : place + 3], batches(positions[place], 3), strict=True
+        ):
+            assert same(expected, actual)
+
+
+def test_a_resume_plans_one_window(monkeypatch):
+    planned = []
+    original = Planner.window
+
+    def window(self, epoch, number):
+        planned.append((epoch, number))
+        return original(self, epoch, number)
+
+    monkeypatch.setattr(Planner, "window", window)
+    planner = Planner(parts(), tiny_tokenizer(), CONFIG)
+    next(planner.from_position(Position(epoch=10**6, window=2, batch=1)))
+    assert planned == [(10**6, 2)]
+
+
+@pytest.mark.parametrize("workers", [2])
+def test_worker_processes_change_nothing(workers):
+    for (expected, at), (actual, place) in zip(batches(), batches(workers=workers), strict=True):
+        assert same(expected, actual) and at == place
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_ranks_share_the_same_groups(ranks):
+    """Every optimiser step has the same batches, whoever computes them."""
+    group = 4
+    alone = batches(count=3 * group, group=group)
+    share = -(-group // ranks)
+    dealt = [batches(count=3 * share, group=group, rank=r, ranks=ranks) for r in range(ranks)]
+    for step in range(3):
+        expected = [batch for batch, _ in alone[step * group : (step + 1) * group]]
+        found = [batch for own in dealt for batch, _ in own[step * share : (step + 1) * share]]
+        real = [batch for batch in found if batch.num_tokens]
+        # a rank that is one short gets an empty batch with no target
+        assert len(found) == share * ranks and len(real) == group
+        assert all(b.num_masked == b.num_labelled == 0 for b in found if not b.num_tokens)
+        by_rank = [expected[rank::ranks] for rank in range(ranks)]
+        for one, other in zip(real, itertools.chain(*by_rank), strict=True):
+            assert same(one, other)
+        after = {own[(step + 1) * share - 1][1].batch for own in dealt}
+        assert after == {alone[(step + 1) * group - 1][1].batch}
+
+
+@pytest.mark.parametrize("objective", ["mlm", "mlm+sop"])
+def test_an_epoch_uses_every_token_once(objective):
+    text = parts()
+    config = dataclasses.replace(CONFIG, objective=Objective.parse(objective))
+    tokenizer = tiny_tokenizer()
+    found = one_pass(text, tokenizer, config)
+    used = Counter(
+        token
+        for batch in found
+        for sequence in contents(batch)
+        for token in sequence
+        if token not in (tokenizer.cls_id, tokenizer.sep_id)
+    )
+    ids = np.concatenate([part.corpus.ids for part in text])
+    assert used == Counter(ids.tolist())
+    assert max(len(sequence) for batch in found for sequence in contents(batch)) <= 64
+
+
+def test_samples_hold_consecutive_tokens_of_one_document():
+    planner = Planner(parts(), tiny_tokenizer(), dataclasses.replace(CONFIG, objective=Objective()))
+    for number in range(planner.windows):
+        samples = planner.window(0, number).samples
+        for part, (start, end) in zip(samples.part, samples.ranges[:, 0].tolist(), strict=True):
+            corpus = planner.regions.parts[part].corpus
+            bounds = corpus.sentence_starts[corpus.document_starts]
+            assert start < end
+            assert np.searchsorted(bounds, start, "right") == np.searchsorted(bounds, end, "left")
+
+
+def test_epochs_and_seeds_differ():
+    first = contents(batches(count=1)[0][0])
+    assert contents(batches(count=1)[0][0]) == first
+    assert contents(batches(Position(epoch=1), 1)[0][0]) != first
+    assert contents(batches(config=dataclasses.replace(CONFIG, seed=2), count=1)[0][0]) != first
+
+
+def test_masks_differ_from_epoch_to_epoch():
+    """The same sample, masked anew: about 15 % of 15 % of the places coincide."""
+    planner = Planner(parts(), tiny_tokenizer(), CONFIG)
+    write = module._Writer([p.ids for p in parts()], module.Vocabulary.of(tiny_tokenizer()), CONFIG)
+    samples = planner.window(0, 0).samples
+    first, again, other = (
+        write(samples, Draws(CONFIG.seed, epoch)).masked_positions for epoch in (0, 0, 1)
+    )
+    assert np.array_equal(first, again)
+    shared = len(np.intersect1d(first, other)) / len(first)
+    assert 0.05 < shared < 0.3
+
+
+def test_a_sample_is_masked_alike_in_any_batch():
+    planner = Planner(parts(), tiny_tokenizer(), CONFIG)
+    write = module._Writer([p.ids for p in parts()], module.Vocabulary.of(tiny_tokenizer()), CONFIG)
+    samples, draws = planner.window(0, 0).samples, Draws(CONFIG.seed, 0)
+    together = write(samples, draws)
+    for row in (0, 3, len(samples) - 1):
+        alone = write(samples[np.array([row])], draws)
+        bounds = slice(*together.cu_seqlens[row : row + 2])
+        assert np.array_equal(together.input_ids[bounds], alone.input_ids)
+
+
+@pytest.mark.parametrize("objective", ["mlm", "mlm+nsp", "mlm+sop"])
+def test_fixed_shapes_never_vary(objective):
+    config = dataclasses.replace(
+        CONFIG, objective=Objective.parse(objective), fixed_shapes=True, mask_probability=0.4
+    )
+    shapes = {
+        tuple(
+            (f.name, tuple(value.shape))
+            for f in dataclasses.fields(batch)
+            if isinstance(value := getattr(batch, f.name), torch.Tensor)
+        )
+        for batch in one_pass(parts(), tiny_tokenizer(), config)
+    }
+    assert len(shapes) == 1
+
+
+@pytest.mark.parametrize("budget, length, least", [(16384, 128, 0.995), (4096, 128, 0.98)])
+def test_batches_are_full(budget, length, least, monkeypatch):
+    monkeypatch.undo()
+    config = StreamConfig(Objective("sop"), budget, length)
+    planner = Planner([Part.whole(random_corpus(15_000))], tiny_tokenizer(), config)
+    tokens = [
+        int(window.samples[rows].lengths.sum())
+        for window in (planner.window(0, n) for n in range(planner.windows))
+        for rows in window.batches
+    ]
+    assert sum(tokens) >= least * budget * len(tokens)
+    # no batch is nearly empty: an optimiser that scales its steps would make a full step of it
+    assert min(tokens) > budget / 2
+
+
+def test_held_out_documents_are_not_trained_on():
+    corpora = [tiny_corpus(25), tiny_corpus(20, seed=5)]
+    text, heldout = hold_out(corpora, 0.2, Draws(1))
+    assert heldout.documents == 9
+    assert sum(part.tokens for part in text) + heldout.tokens == sum(c.tokens for c in corpora)
+    kept = Counter(
+        token
+        for part in text
+        for start, end in zip(part.starts, part.ends, strict=True)
+        for token in part.corpus.ids[start:end].tolist()
+    )
+    both = kept + Counter(heldout.ids.tolist())
+    assert both == Counter(np.concatenate([corpus.ids for corpus in corpora]).tolist())
+
+
+def test_of_few_long_documents_the_ends_are_held_out():
+    corpora = [random_corpus(3)]
+    text, heldout = hold_out(corpora, 0.1, Draws(1))
+    sizes = np.diff(corpora[0].document_starts)
+    expected = np.minimum(np.maximum(np.round(sizes * 0.1), 1), sizes - 1)
+    assert np.diff(heldout.document_starts).tolist() == expected[expected > 0].tolist()
+    assert text[0].tokens + heldout.tokens == corpora[0].tokens
+
+
+def test_an_error_reaches_the_caller_and_the_thread_ends():
+    lonely = [Part.whole(random_corpus(1))]
+    with (
+        Loader(
+            lonely, tiny_tokenizer(), dataclasses.replace(CONFIG, objective=Objective("nsp"))
+        ) as loader,
+        pytest.raises(InputError, match="at least 2 documents"),
+    ):
+        next(loader)
+    assert not loader._thread.is_alive()
+
+
+def test_bad_numbers_of_workers():
+    with pytest.raises(InputError, match="--loader-workers must be at least 0, got -1"):
+        Loader(parts(), tiny_tokenizer(), CONFIG, workers=-1)
