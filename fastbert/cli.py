@@ -288,7 +288,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("sources", nargs="+", help="files, globs or folders of text")
     parser.add_argument("--model", required=True, help="a run of pretrain, or its model folder")
     parser.add_argument("--max-seq-len", type=int, help="tokens a sequence (the model's)")
-    parser.add_argument("--objective", help="mlm, mlm+nsp or mlm+sop (the model's)")
+    parser.add_argument("--objective", help="such as mlm+sop (the model's)")
     parser.add_argument("--dtype", default="auto", help="auto, fp32 or bf16")
     _add_doc_sep(parser)
 

@@ -46,6 +46,8 @@ class EncoderConfig:
     classifier_dropout: float | None = None
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
+    # classes of the pre-training head on sequence pairs: two, but for orders of more segments
+    pair_classes: int = 2
     # standard deviation of the initial weights
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
@@ -62,6 +64,7 @@ class EncoderConfig:
             "intermediate_size",
             "max_position_embeddings",
             "type_vocab_size",
+            "pair_classes",
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -157,6 +160,8 @@ class EncoderConfig:
         """The dictionary of a Hugging Face `config.json` with `model_type` bert."""
         raw = dataclasses.asdict(self)
         labels = raw.pop("labels")
+        if self.pair_classes == 2:
+            del raw["pair_classes"]
         raw |= {"model_type": "bert", "position_embedding_type": "absolute", "dtype": "float32"}
         if architecture is not None:
             raw["architectures"] = [architecture]

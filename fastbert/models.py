@@ -108,6 +108,8 @@ class Model(nn.Module):
 
     encoder: Encoder
     has_head: ClassVar[bool] = True
+    # of the masked-LM and of the sequence objective, in their sum
+    loss_weights: tuple[float, float] = (1.0, 1.0)
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -213,7 +215,7 @@ class BertForPreTraining(Model):
         super().__init__(config)
         self.pooler = Pooler(config)
         self.masked_lm = MaskedLMHead(config)
-        self.next_sentence = nn.Linear(config.hidden_size, 2)
+        self.next_sentence = nn.Linear(config.hidden_size, config.pair_classes)
 
     def forward(
         self,
@@ -251,7 +253,8 @@ class BertForPreTraining(Model):
         if batch.labels is not None:
             _masked_lm_loss(self, hidden_states, batch, targets, output)
         if batch.sequence_labels is not None:
-            _sequence_loss(relationship, batch.sequence_labels, targets, output)
+            labels, weight = batch.sequence_labels, self.loss_weights[1]
+            _sequence_loss(relationship, labels, targets, output, weight)
         return output
 
 
@@ -359,19 +362,23 @@ def _masked_lm_loss(
         hidden_states, batch.masked_positions, batch.labels, model.word_weight
     )
     output.masked_lm_loss_sum, output.masked_lm_correct = loss_sum.detach(), correct
-    _add_loss(output, loss_sum, targets.masked)
+    _add_loss(output, loss_sum, targets.masked, model.loss_weights[0])
 
 
 def _sequence_loss(
-    logits: Tensor, sequence_labels: Tensor, targets: Targets, output: TrainingOutput
+    logits: Tensor,
+    sequence_labels: Tensor,
+    targets: Targets,
+    output: TrainingOutput,
+    weight: float = 1.0,
 ) -> None:
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss_sum = F.cross_entropy(wide, sequence_labels, ignore_index=IGNORE_INDEX, reduction="sum")
     output.sequence_loss_sum = loss_sum.detach()
     output.sequence_correct = (logits.argmax(dim=-1) == sequence_labels).sum()
-    _add_loss(output, loss_sum, targets.labelled)
+    _add_loss(output, loss_sum, targets.labelled, weight)
 
 
-def _add_loss(output: TrainingOutput, loss_sum: Tensor, targets: int) -> None:
-    share = loss_sum / max(targets, 1)
+def _add_loss(output: TrainingOutput, loss_sum: Tensor, targets: int, weight: float) -> None:
+    share = loss_sum * (weight / max(targets, 1)) if weight != 1.0 else loss_sum / max(targets, 1)
     output.loss = share if output.loss is None else output.loss + share

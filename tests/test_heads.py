@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import check_operator
-from tiny import stirred, tiny_config
+from tiny import stirred, tiny_config, tiny_examples
 
 from fastbert.heads import HEAD_LAYER, MaskedLMHead, Pooler, SequenceClassifier
 from fastbert.kernels.ops import Rng
+from fastbert.models import BertForPreTraining
 
 CONFIG = tiny_config(classifier_dropout=0.4)
 
@@ -134,3 +135,27 @@ def test_classifier_drops_out_with_an_rng_alone():
 
 def test_head_dropout_is_past_any_encoder_layer():
     assert HEAD_LAYER > 10_000
+
+
+def test_weights_of_objectives_scale_their_losses_alone():
+    batch = tiny_examples([9, 20, 5]).batch([0, 1, 2])
+    model = stirred(BertForPreTraining.from_config(tiny_config()))
+    plain = model(batch)
+    # powers of two: scaling by one is exact
+    for weights in ((2.0, 0.0), (0.0, 4.0)):
+        model.loss_weights = weights
+        output = model(batch)
+        assert torch.equal(output.masked_lm_loss_sum, plain.masked_lm_loss_sum)
+        losses = (
+            plain.masked_lm_loss_sum / batch.num_masked,
+            plain.sequence_loss_sum / batch.num_labelled,
+        )
+        expected = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+        assert math.isclose(float(output.loss.detach()), float(expected), rel_tol=2**-22)
+
+
+def test_the_pair_head_has_a_class_for_every_order():
+    model = BertForPreTraining.from_config(tiny_config(pair_classes=6))
+    assert model(tiny_examples([9]).batch([0])).seq_relationship_logits.shape == (1, 6)
+    assert tiny_config(pair_classes=6).to_dict()["pair_classes"] == 6
+    assert "pair_classes" not in tiny_config().to_dict()

@@ -12,9 +12,10 @@ from tiny import random_corpus, tiny_corpus, tiny_tokenizer
 
 from fastbert.data import loader as module
 from fastbert.data.draws import Draws
-from fastbert.data.loader import Loader, Planner, one_pass
+from fastbert.data.loader import Loader, Planned, Planner, one_pass
 from fastbert.data.objectives import Objective
 from fastbert.data.regions import Part, hold_out
+from fastbert.data.samples import Samples
 from fastbert.data.stream import Position, StreamConfig
 from fastbert.errors import InputError
 from fastbert.packing import IGNORE_INDEX, PackedBatch
@@ -34,6 +35,10 @@ def parts() -> list[Part]:
 def batches(position: Position | None = None, count: int = 8, config=CONFIG, **deal):
     with Loader(parts(), tiny_tokenizer(), config, position, **deal) as loader:
         return list(islice(loader, count))
+
+
+def planned(samples: Samples, draws: Draws) -> Planned:
+    return Planned(samples, draws, CONFIG.mask_probability, Position())
 
 
 def same(left: PackedBatch, right: PackedBatch) -> bool:
@@ -141,6 +146,46 @@ def test_samples_hold_consecutive_tokens_of_one_document():
             assert np.searchsorted(bounds, start, "right") == np.searchsorted(bounds, end, "left")
 
 
+def test_the_masking_rate_follows_the_steps_and_resumes():
+    config = dataclasses.replace(
+        CONFIG, objective=Objective(), final_mask_probability=0.45, steps=31
+    )
+    whole = batches(count=60, group=2, config=config)
+    rates = [b.num_masked / (b.num_tokens - 2 * b.num_sequences) for b, _ in whole]
+    by_step = [(rates[n] + rates[n + 1]) / 2 for n in range(0, 60, 2)]
+    # straight from 0.15 to 0.45, each batch within what rounding leaves
+    line = np.polyfit(np.arange(30), by_step, 1)
+    assert abs(line[0] - 0.01) < 0.002 and abs(line[1] - 0.15) < 0.02
+    resumed = batches(whole[19][1], 4, group=2, step=10, config=config)
+    for (expected, _), (actual, _) in zip(whole[20:24], resumed, strict=True):
+        assert same(expected, actual)
+
+
+@pytest.mark.parametrize("masking", ["whole-word", "ngram", "span"])
+@pytest.mark.parametrize("fixed_shapes", [False, True])
+def test_masking_styles_go_through(masking, fixed_shapes):
+    config = dataclasses.replace(CONFIG, masking=masking, fixed_shapes=fixed_shapes)
+    found = one_pass(parts(), tiny_tokenizer(), config)
+    tokens = sum(batch.num_tokens for batch in found)
+    assert 0.1 < sum(batch.num_masked for batch in found) / tokens < 0.16
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"masking": "letters"}, "--masking must be one of token, whole-word, ngram, span"),
+        ({"final_mask_probability": 0.1}, "--final-mask-probability needs --max-steps"),
+        (
+            {"final_mask_probability": 1.0, "steps": 3},
+            r"--final-mask-probability must be in \(0, 1\), got 1.0",
+        ),
+    ],
+)
+def test_masking_settings_out_of_range(fields, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(CONFIG, **fields)
+
+
 def test_epochs_and_seeds_differ():
     first = contents(batches(count=1)[0][0])
     assert contents(batches(count=1)[0][0]) == first
@@ -154,7 +199,7 @@ def test_masks_differ_from_epoch_to_epoch():
     write = module._Writer([p.ids for p in parts()], module.Vocabulary.of(tiny_tokenizer()), CONFIG)
     samples = planner.window(0, 0).samples
     first, again, other = (
-        write(samples, Draws(CONFIG.seed, epoch)).masked_positions for epoch in (0, 0, 1)
+        write(planned(samples, Draws(CONFIG.seed, epoch))).masked_positions for epoch in (0, 0, 1)
     )
     assert np.array_equal(first, again)
     shared = len(np.intersect1d(first, other)) / len(first)
@@ -165,9 +210,9 @@ def test_a_sample_is_masked_alike_in_any_batch():
     planner = Planner(parts(), tiny_tokenizer(), CONFIG)
     write = module._Writer([p.ids for p in parts()], module.Vocabulary.of(tiny_tokenizer()), CONFIG)
     samples, draws = planner.window(0, 0).samples, Draws(CONFIG.seed, 0)
-    together = write(samples, draws)
+    together = write(planned(samples, draws))
     for row in (0, 3, len(samples) - 1):
-        alone = write(samples[np.array([row])], draws)
+        alone = write(planned(samples[np.array([row])], draws))
         bounds = slice(*together.cu_seqlens[row : row + 2])
         assert np.array_equal(together.input_ids[bounds], alone.input_ids)
 

@@ -9,10 +9,22 @@ from functools import cached_property
 import numpy as np
 
 from fastbert.data.draws import Draws
-from fastbert.data.masking import choose_tokens, hide
+from fastbert.data.masking import choose_tokens, choose_units, hide, word_units
 from fastbert.data.samples import Samples
 from fastbert.packing import Examples
 from fastbert.tokenizer import Tokenizer
+
+# the blocks that BERT's tokenizer takes for Chinese (google-research/bert, tokenization.py)
+_IDEOGRAPHS = (
+    (0x4E00, 0x9FFF),
+    (0x3400, 0x4DBF),
+    (0x20000, 0x2A6DF),
+    (0x2A700, 0x2B73F),
+    (0x2B740, 0x2B81F),
+    (0x2B820, 0x2CEAF),
+    (0xF900, 0xFAFF),
+    (0x2F800, 0x2FA1F),
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,7 @@ class Vocabulary:
     mask_id: int
     special_ids: tuple[int, ...]
     is_subword: np.ndarray
+    is_ideograph: np.ndarray
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Vocabulary:
@@ -36,6 +49,7 @@ class Vocabulary:
             tokenizer.mask_id,
             tuple(tokenizer.special_ids),
             tokenizer.is_subword,
+            np.array([_is_ideograph(token) for token in tokenizer.tokens]),
         )
 
     @cached_property
@@ -55,8 +69,10 @@ def write_samples(
     ids: Sequence[np.ndarray],
     samples: Samples,
     vocabulary: Vocabulary,
+    masking: str,
     mask_probability: float,
     draws: Draws,
+    most_masked: int | None = None,
 ) -> Examples:
     """Write out samples and mask them.
 
@@ -64,8 +80,10 @@ def write_samples(
         ids: [tokens] of each part.
         samples: which tokens.
         vocabulary: the special ids.
+        masking: what is predicted as one, a name in `masking.STYLES`.
         mask_probability: share of the ordinary tokens to predict.
         draws: of this seed and epoch.
+        most_masked: targets there is room for; what long units may bring beyond is left out.
     """
     sizes = samples.ranges[:, :, 1] - samples.ranges[:, :, 0]
     lengths = samples.lengths
@@ -89,8 +107,18 @@ def write_samples(
             token_type_ids[(at + size)[size > 0]] = 1
         at = at + size + (size > 0)
     ordinary &= ~vocabulary.is_special[input_ids]
-    chosen = choose_tokens(samples.index, starts, ordinary, mask_probability, draws)
+    where = (samples.index, starts, ordinary)
+    together = None
+    if masking == "token":
+        chosen = choose_tokens(*where, mask_probability, draws)
+    else:
+        units = word_units(
+            masking, input_ids, *where, vocabulary.is_subword, vocabulary.is_ideograph, draws
+        )
+        chosen = choose_units(*where, units, mask_probability, draws)[:most_masked]
     owner = np.searchsorted(starts, chosen, "right") - 1
+    if masking == "span":
+        together = _unit_starts(ordinary, units)[chosen] - starts[owner]
     labels = hide(
         input_ids,
         chosen,
@@ -99,6 +127,7 @@ def write_samples(
         vocabulary.words,
         vocabulary.mask_id,
         draws,
+        together,
     )
     paired = sizes.shape[1] > 1
     return Examples(
@@ -111,6 +140,19 @@ def write_samples(
         # dropout's coordinates are 32 bits wide; equal ones in a step would only share a mask
         sample_ids=samples.index & 0x7FFFFFFF,
     )
+
+
+def _unit_starts(ordinary: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """[tokens] int64, at ordinary tokens where their unit begins."""
+    candidates = np.flatnonzero(ordinary)
+    starts = np.zeros(len(ordinary), dtype=np.int64)
+    starts[candidates] = candidates[np.flatnonzero(np.diff(units, prepend=-1))][units]
+    return starts
+
+
+def _is_ideograph(token: str) -> bool:
+    """Whether BERT's tokenizer sets this apart as a Chinese character."""
+    return len(token) == 1 and any(low <= ord(token) <= high for low, high in _IDEOGRAPHS)
 
 
 def _gathered(

@@ -11,11 +11,12 @@ All is a function of (seed, epoch, global sample index): a resume needs a positi
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,10 +50,17 @@ class Window:
 
 @dataclass(frozen=True)
 class Planned:
-    """One batch, not yet written out, and the position once its group is done."""
+    """One batch, not yet written out.
+
+    Attributes:
+        samples, draws: what `Writer` needs.
+        mask_probability: of its optimiser step.
+        after: the position once its group is done.
+    """
 
     samples: Samples
     draws: Draws
+    mask_probability: float
     after: Position
 
 
@@ -109,20 +117,15 @@ class Planner:
         """The stream is always as long as the budget; the rest is fixed, or a step of its size."""
         budget = self.config.token_budget
         if self.config.fixed_shapes:
-            most = self._most_sequences()
-            # each sequence masks at most one token over its share
-            return Capacity(budget, most, int(budget * self.config.most_masked) + most)
+            return Capacity(budget, _most_sequences(self.config), most_masked(self.config))
         return Capacity(
             tokens=budget,
             sequences=_rounded_up(sequences, SEQUENCE_STEP),
             masked=_rounded_up(masked, MASKED_STEP),
         )
 
-    def _most_sequences(self) -> int:
-        return max(self.config.token_budget // 16, 1)
-
     def _packed(self, lengths: np.ndarray) -> list[list[int]]:
-        slots = self._most_sequences() if self.config.fixed_shapes else None
+        slots = _most_sequences(self.config) if self.config.fixed_shapes else None
         batches = best_fit(lengths, self.config.token_budget, slots)
         _fill_last(batches, lengths, self.config.token_budget, slots or len(lengths))
         return batches
@@ -153,6 +156,7 @@ class Loader:
         tokenizer: of it.
         config: how text becomes batches.
         position: where to begin.
+        step: optimiser steps done before it.
         group: batches an optimiser step, over all ranks.
         rank, ranks: this process's share: batches `rank`, `rank + ranks`, ... of each group. A
             rank that is one short gets an empty one.
@@ -169,6 +173,7 @@ class Loader:
         config: StreamConfig,
         position: Position | None = None,
         *,
+        step: int = 0,
         group: int = 1,
         rank: int = 0,
         ranks: int = 1,
@@ -187,7 +192,7 @@ class Loader:
         self._pool = worker_pool(workers, _take, self._writer) if workers else None
         self._ahead = DEPTH * max(workers, 1)
         self._thread = threading.Thread(
-            target=self._produce, args=(position or Position(),), daemon=True, name="batches"
+            target=self._produce, args=(position or Position(), step), daemon=True, name="batches"
         )
         self._thread.start()
 
@@ -216,44 +221,43 @@ class Loader:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _produce(self, position: Position) -> None:
+    def _produce(self, position: Position, step: int) -> None:
         try:
-            for batch in self._batches(position):
+            for batch in self._batches(self._dealt(position, step)):
                 self._put(batch)
                 if self._closed.is_set():
                     return
         except BaseException as error:
             self._put(error)
 
-    def _batches(self, position: Position) -> Iterator[tuple[PackedBatch, Position]]:
-        planned = self._dealt(position)
+    def _batches(self, planned: Iterator[Planned]) -> Iterator[tuple[PackedBatch, Position]]:
         if self._pool is None:
             for one in planned:
-                yield self._laid_out(self._writer(one.samples, one.draws)), one.after
+                yield lay_out(self._writer(one), self.planner), one.after
             return
         waiting: deque[tuple[Future[Examples], Position]] = deque()
         for one in planned:
-            waiting.append((self._pool.submit(_write, one.samples, one.draws), one.after))
+            waiting.append((self._pool.submit(_write, one), one.after))
             if len(waiting) >= self._ahead:
                 future, after = waiting.popleft()
-                yield self._laid_out(future.result()), after
+                yield lay_out(future.result(), self.planner), after
 
-    def _dealt(self, position: Position) -> Iterator[Planned]:
+    def _dealt(self, position: Position, step: int) -> Iterator[Planned]:
         """This rank's share of every group."""
+        config = self.planner.config
         batches = self.planner.from_position(position)
         share = -(-self.group // self.ranks)
-        while True:
+        for number in itertools.count(step):
+            probability = config.mask_probability_at(number)
             group = [next(batches) for _ in range(self.group)]
             after = group[-1][2]
             own = group[self.rank :: self.ranks]
             for samples, draws, _ in own:
-                yield Planned(samples, draws, after)
+                yield Planned(samples, draws, probability, after)
             for _ in range(share - len(own)):
                 samples, draws, _ = group[0]
-                yield Planned(samples[np.zeros(0, dtype=np.int64)], draws, after)
-
-    def _laid_out(self, examples: Examples) -> PackedBatch:
-        return lay_out(examples, self.planner)
+                nothing = samples[np.zeros(0, dtype=np.int64)]
+                yield Planned(nothing, draws, probability, after)
 
     def _put(self, item: tuple[PackedBatch, Position] | BaseException) -> None:
         while not self._closed.is_set():
@@ -262,6 +266,16 @@ class Loader:
                 return
             except queue.Full:
                 continue
+
+
+def most_masked(config: StreamConfig) -> int:
+    """Slots for targets where shapes are fixed: a sequence masks at most one over its share; of
+    words and spans it may be more, but hardly all sequences of a batch."""
+    return int(config.token_budget * config.most_masked) + _most_sequences(config)
+
+
+def _most_sequences(config: StreamConfig) -> int:
+    return max(config.token_budget // 16, 1)
 
 
 def lay_out(examples: Examples, planner: Planner) -> PackedBatch:
@@ -281,7 +295,10 @@ def one_pass(
     """Every sequence of a text once, the same each time: what scores are taken on."""
     planner = Planner(parts, tokenizer, config)
     write = _Writer([part.corpus.ids for part in parts], Vocabulary.of(tokenizer), config)
-    return [lay_out(write(samples, draws), planner) for samples, draws in planner.epoch()]
+    return [
+        lay_out(write(Planned(samples, draws, config.mask_probability, Position())), planner)
+        for samples, draws in planner.epoch()
+    ]
 
 
 class _Writer:
@@ -298,9 +315,15 @@ class _Writer:
         # what lies on disk is mapped again over there, not sent
         return _opened, (self._sources, self.vocabulary, self.config)
 
-    def __call__(self, samples: Samples, draws: Draws) -> Examples:
+    def __call__(self, planned: Planned) -> Examples:
         return write_samples(
-            self.ids, samples, self.vocabulary, self.config.mask_probability, draws
+            self.ids,
+            planned.samples,
+            self.vocabulary,
+            self.config.masking,
+            planned.mask_probability,
+            planned.draws,
+            most_masked(self.config) if self.config.fixed_shapes else None,
         )
 
 
@@ -314,7 +337,7 @@ def _opened(sources: Sequence[Any], vocabulary: Vocabulary, config: StreamConfig
     return _Writer([make(*arguments) for make, arguments in sources], vocabulary, config)
 
 
-_writer: Callable[[Samples, Draws], Examples] | None = None
+_writer: _Writer | None = None
 
 
 def _take(writer: _Writer) -> None:
@@ -322,9 +345,9 @@ def _take(writer: _Writer) -> None:
     _writer = writer
 
 
-def _write(samples: Samples, draws: Draws) -> Examples:
+def _write(planned: Planned) -> Examples:
     assert _writer is not None
-    examples = _writer(samples, draws)
+    examples = _writer(planned)
     # half the bytes on the way back
     return replace(
         examples,

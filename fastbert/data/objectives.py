@@ -6,8 +6,10 @@ Everything is drawn afresh each epoch, vectorised over a window of sequences.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
+import re
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,30 +29,49 @@ SHORT_SEQUENCE_SHARE = 0.1
 MASK_SHARE, RANDOM_SHARE = 0.8, 0.1
 # a piece shorter than this is one segment: there is nothing to order
 SHORTEST_PAIR = 16
-PAIRS = ("nsp", "sop")
+_TERM = re.compile(r"(?:(?P<weight>\d+(?:\.\d+)?)\*)?(?P<name>mlm|nsp|sop[34]?)")
 OBJECTIVE_FILE = "pretraining.json"
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Which losses are summed.
+    """Which losses are summed, and with what weights.
 
     Attributes:
-        pair: "nsp" (is the second segment the next one, or random), "sop" (are the segments in
-            order, or swapped; Lan et al. 2019, arXiv:1909.11942), or None.
+        pair: "nsp" (is the second segment the next one, or random), "sop" (in which order the
+            segments are; Lan et al. 2019, arXiv:1909.11942, for two), or None.
         segments: that a sequence with a pair objective is split into.
+        mlm_weight, pair_weight: of each loss in the sum.
     """
 
     pair: str | None = None
     segments: int = 2
+    mlm_weight: float = 1.0
+    pair_weight: float = 1.0
 
     @classmethod
     def parse(cls, text: str) -> Objective:
-        """Read "mlm", "mlm+nsp" or "mlm+sop"."""
-        names = text.split("+")
-        if names[0] != "mlm" or len(names) > 2 or any(n not in PAIRS for n in names[1:]):
-            raise InputError(f"--objective must be mlm, mlm+nsp or mlm+sop, got {text!r}")
-        return cls(pair=names[1] if len(names) == 2 else None)
+        """Read "mlm", "mlm+nsp", "mlm+sop", "mlm+sop3" or "mlm+sop4", each with "0.5*" before it.
+
+        Raises:
+            InputError: anything else.
+        """
+        refused = InputError(
+            "--objective must be mlm, mlm+nsp, mlm+sop, mlm+sop3 or mlm+sop4, with weights such as "
+            f"mlm+0.5*sop, got {text!r}"
+        )
+        terms = [_TERM.fullmatch(term) for term in text.split("+")]
+        if not 1 <= len(terms) <= 2 or any(term is None for term in terms):
+            raise refused
+        names = [term["name"] for term in terms if term]
+        weights = [float(term["weight"] or 1.0) for term in terms if term]
+        if names[0] != "mlm" or "mlm" in names[1:] or not all(weight > 0 for weight in weights):
+            raise refused
+        if len(names) == 1:
+            return cls(mlm_weight=weights[0])
+        kind = names[1][:3]
+        segments = int(names[1][3:] or 2)
+        return cls(kind, segments, *weights)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> tuple[Objective, int | None]:
@@ -74,7 +95,16 @@ class Objective:
             file.write("\n")
 
     def __str__(self) -> str:
-        return "mlm" if self.pair is None else f"mlm+{self.pair}"
+        terms = [(self.mlm_weight, "mlm")]
+        if self.pair is not None:
+            segments = str(self.segments) if self.segments > 2 else ""
+            terms.append((self.pair_weight, f"{self.pair}{segments}"))
+        return "+".join(f"{weight:g}*{n}" if weight != 1.0 else n for weight, n in terms)
+
+    @property
+    def classes(self) -> int:
+        """How many labels the pair objective has: of sentence order, every permutation."""
+        return math.factorial(self.segments) if self.pair == "sop" else 2
 
     @property
     def added_tokens(self) -> int:

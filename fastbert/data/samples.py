@@ -7,7 +7,6 @@ epoch. The rules are those of Devlin et al. (2018) and of Lan et al. (2019, arXi
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -272,8 +271,3 @@ def _truncate(ranges: np.ndarray, index: np.ndarray, room: int, draws: Draws) ->
         front = draws.of(_FRONT + segment).binomial(cut[rows], index[rows])
         ranges[rows, segment, 0] += front
         ranges[rows, segment, 1] -= cut[rows] - front
-
-
-def classes(objective: Objective) -> int:
-    """How many labels the pair objective has."""
-    return math.factorial(objective.segments) if objective.pair == "sop" else 2

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fastbert.data.masking import STYLES
 from fastbert.data.objectives import Objective, build_examples, plan_samples
 from fastbert.data.tokenized import TokenizedCorpus
 from fastbert.errors import InputError
@@ -50,6 +51,11 @@ class StreamConfig:
     max_seq_len: int
     # share of tokens chosen for the masked-LM objective
     mask_probability: float = 0.15
+    # at the end of a run of `steps` optimiser steps; None for the same throughout
+    final_mask_probability: float | None = None
+    steps: int | None = None
+    # what is chosen as one: token, whole-word, ngram or span
+    masking: str = "token"
     seed: int = 0
     # one shape for all batches, as compiled steps and CUDA graphs want; else few slots are unused
     fixed_shapes: bool = False
@@ -57,7 +63,15 @@ class StreamConfig:
     @property
     def most_masked(self) -> float:
         """The largest share that is ever chosen."""
-        return self.mask_probability
+        return max(self.mask_probability, self.final_mask_probability or 0.0)
+
+    def mask_probability_at(self, step: int) -> float:
+        """The share in an optimiser step, straight from first to last (Ankner et al. 2023,
+        arXiv:2305.15096)."""
+        if self.final_mask_probability is None or self.steps is None:
+            return self.mask_probability
+        done = min(step / max(self.steps - 1, 1), 1.0)
+        return self.mask_probability + done * (self.final_mask_probability - self.mask_probability)
 
     def __post_init__(self) -> None:
         if self.token_budget > MOST_TOKENS:
@@ -71,8 +85,14 @@ class StreamConfig:
             )
         if self.max_seq_len < 8:
             raise InputError(f"--max-seq-len must be at least 8, got {self.max_seq_len}")
-        if not 0.0 < self.mask_probability < 1.0:
-            raise InputError(f"--mask-probability must be in (0, 1), got {self.mask_probability}")
+        for name in ("mask_probability", "final_mask_probability"):
+            share = getattr(self, name)
+            if share is not None and not 0.0 < share < 1.0:
+                raise InputError(f"--{name.replace('_', '-')} must be in (0, 1), got {share}")
+        if self.masking not in STYLES:
+            raise InputError(f"--masking must be one of {', '.join(STYLES)}, got {self.masking!r}")
+        if self.final_mask_probability is not None and self.steps is None:
+            raise InputError("--final-mask-probability needs --max-steps: time decides no batch")
 
 
 class PretrainingStream:

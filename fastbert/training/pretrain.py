@@ -18,10 +18,11 @@ from fastbert.config import EncoderConfig
 from fastbert.data.cache import shards_of
 from fastbert.data.draws import Draws
 from fastbert.data.loader import Loader
+from fastbert.data.masking import STYLES
 from fastbert.data.objectives import Objective
 from fastbert.data.regions import Part, hold_out
 from fastbert.data.shards import Manifest, open_folder
-from fastbert.data.stream import Position, PretrainingStream, StreamConfig, prefetch
+from fastbert.data.stream import PretrainingStream, StreamConfig, prefetch
 from fastbert.data.tokenized import TokenizedCorpus
 from fastbert.errors import InputError
 from fastbert.files import atomic_write
@@ -62,7 +63,10 @@ class PretrainConfig:
 
     out: str = field(metadata={"help": "folder of the run; must be new, or --resume"})
     size: str = field(default="mini", metadata={"help": "tiny, mini, small, medium, base or large"})
-    objective: str = field(default="mlm+sop", metadata={"help": "mlm, mlm+nsp or mlm+sop"})
+    objective: str = field(
+        default="mlm+sop",
+        metadata={"help": "mlm, mlm+nsp, mlm+sop, mlm+sop3 (six orders), weighted: mlm+0.5*sop"},
+    )
     max_minutes: float | None = field(
         default=None, metadata={"help": "end after so many minutes; warm-up and decay follow"}
     )
@@ -72,6 +76,12 @@ class PretrainConfig:
         default=128, metadata={"help": "tokens a sequence at most; the model's positions"}
     )
     mask_probability: float = field(default=0.15, metadata={"help": "share of tokens to predict"})
+    final_mask_probability: float | None = field(
+        default=None, metadata={"help": "share at the end of the run, straight from the first"}
+    )
+    masking: str = field(
+        default="token", metadata={"help": "what is predicted as one: " + ", ".join(STYLES)}
+    )
     accumulation: int = field(default=1, metadata={"help": "batches an optimiser step"})
     optimizer: str = field(
         default="muon", metadata={"help": "muon (with adamw for the rest) or adamw"}
@@ -143,6 +153,9 @@ class PretrainConfig:
             token_budget=self.token_budget,
             max_seq_len=self.max_seq_len,
             mask_probability=self.mask_probability,
+            final_mask_probability=self.final_mask_probability,
+            steps=self.max_steps,
+            masking=self.masking,
             seed=self.seed,
             fixed_shapes=device.type != "cpu",
         )
@@ -153,6 +166,7 @@ class PretrainConfig:
             self.size,
             vocab_size=vocab_size,
             max_position_embeddings=self.max_seq_len,
+            pair_classes=Objective.parse(self.objective).classes,
             hidden_dropout_prob=self.dropout,
             attention_probs_dropout_prob=self.dropout,
         )
@@ -213,11 +227,12 @@ def pretrain(
         tokenizer,
         heldout_pass(heldout_corpus, tokenizer, stream_config.objective, config.max_seq_len),
         unigram_log_probabilities([part.corpus for part in parts], tokenizer.vocab_size),
-        lambda position: Loader(
+        lambda state: Loader(
             parts,
             tokenizer,
             stream_config,
-            position,
+            state.position,
+            step=state.step,
             group=config.accumulation,
             workers=config.loader_workers,
         ),
@@ -257,13 +272,13 @@ class Text:
         tokenizer: of all of it.
         scored: held-out batches.
         log_probabilities: [vocab_size] float64, the unigram's.
-        batches: endless, from a position on, each with the position after it; to be closed.
+        batches: endless, from a state on, each with the position after it; to be closed.
     """
 
     tokenizer: Tokenizer
     scored: list[PackedBatch]
     log_probabilities: np.ndarray
-    batches: Callable[[Position], Any]
+    batches: Callable[[TrainState], Any]
 
 
 def pretrain_corpus(
@@ -291,8 +306,8 @@ def pretrain_corpus(
         tokenizer,
         heldout(heldout_corpus, tokenizer, stream_config.objective, config.max_seq_len),
         unigram_log_probabilities([train_corpus], tokenizer.vocab_size),
-        lambda position: prefetch(
-            PretrainingStream(train_corpus, tokenizer, stream_config, position)
+        lambda state: prefetch(
+            PretrainingStream(train_corpus, tokenizer, stream_config, state.position)
         ),
     )
     return _pretrain_on(text, config, folder, resume=resume, say=say)
@@ -314,6 +329,8 @@ def _pretrain_on(
     model = architecture.from_config(config.encoder(tokenizer.vocab_size), config.seed)
     # a decoder that starts at the unigram need not spend its first steps on finding it
     model.masked_lm.bias.data.copy_(torch.from_numpy(text.log_probabilities))
+    objective = stream_config.objective
+    model.loss_weights = (objective.mlm_weight, objective.pair_weight)
     model.to(device)
     optimizers = _optimizers(model, config)
     state = load_checkpoint(folder, model, optimizers) if resume else TrainState()
@@ -325,7 +342,7 @@ def _pretrain_on(
         f"{config.token_budget * config.accumulation:,} tokens a step"
     )
     before = state.tokens, state.seconds
-    with closing(text.batches(state.position)) as batches:
+    with closing(text.batches(state)) as batches:
         finished = train(
             model,
             optimizers,
@@ -362,7 +379,7 @@ def _pretrain_on(
     }
     title = f"fastbert {config.size}, {stream_config.objective}: {state.tokens:,} tokens"
     picture = draw_curves(folder, title, baseline=unigram)
-    say(_summary(report, folder, picture))
+    say(_summary(report, config.objective, folder, picture))
     remove_checkpoints(folder)
     return report
 
@@ -384,14 +401,15 @@ def _optimizers(model: nn.Module, config: PretrainConfig) -> Optimizers:
     )
 
 
-def _summary(report: dict[str, Any], folder: Path, picture: Path | None) -> str:
+def _summary(report: dict[str, Any], objective: str, folder: Path, picture: Path | None) -> str:
     lines = [
         f"held out: masked-LM loss {report['mlm_loss_heldout']:.3f} nats "
         f"(unigram {report['unigram_loss_heldout']:.3f}), "
         f"masked accuracy {report['masked_accuracy_heldout']:.1%}"
     ]
     if "pair_accuracy_heldout" in report:
-        lines[0] += f", pair accuracy {report['pair_accuracy_heldout']:.1%} (chance 50 %)"
+        chance = 1.0 / Objective.parse(objective).classes
+        lines[0] += f", pair accuracy {report['pair_accuracy_heldout']:.1%} (chance {chance:.0%})"
     lines.append(f"model in {folder / MODEL_FOLDER}")
     if picture is None:
         lines.append("no curves.png: matplotlib is not installed (pip install 'fastbert[plot]')")
