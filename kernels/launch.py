@@ -25,6 +25,8 @@ BACKENDS = ("reference", "triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # what a machine without a GPU stands in for when it counts programs
 ASSUMED_PROCESSORS = 4
+# up to this width layer_norm_bwd holds a row in registers; what is wider it shares out by columns
+HELD_WIDTH = 4096
 
 _override: str | None = os.environ.get("FASTBERT_BACKEND") or None
 _assumed_architecture: str | None = None
@@ -181,8 +183,12 @@ def default(kernel: str, size: int) -> Launch:
     """A launch that is safe on every architecture: no spills, at most 64 KiB of shared memory."""
     if kernel == "layer_norm_fwd":
         return _row_launch(size, elements=4096, elements_per_warp=1024)
+    if kernel == "layer_norm_bwd" and size > HELD_WIDTH:
+        return Launch(rows=1, columns=min(chunk_columns(size), 2048), num_warps=8)
     if kernel == "layer_norm_bwd":
-        chosen = _row_launch(size, elements=1024, elements_per_warp=512)
+        # where columns are masked, two warps a row are a few registers short
+        whole = size % chunk_columns(size) == 0
+        chosen = _row_launch(size, elements=1024, elements_per_warp=512 if whole else 256)
         return replace(chosen, programs_per_processor=max(1, 12 // chosen.num_warps))
     if kernel == "bias_activation_fwd":
         return Launch(rows=4, columns=_columns(size, 512), num_warps=4)

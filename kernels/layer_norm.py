@@ -208,6 +208,104 @@ def _layer_norm_bwd_kernel(
             tl.store(place + 2 * WIDTH, tl.sum(x_bias_sums[chunk], axis=0), mask=column_mask)
 
 
+@triton.jit
+def _piece_of_wide_row(
+    dy_ptr, x_ptr, x_bias_ptr, residual_ptr, weight_ptr,
+    dy_offset, x_offset, residual_offset,
+    columns, first_column, row_mask, mean, rstd, key, sequence, position,
+    WIDTH: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, X_IS_TOTAL: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    mask = _column_mask(columns, row_mask, WIDTH, CHUNK)
+    keep = None
+    if key is not None:
+        keep = keep_factors(key, sequence, position, first_column, CHUNK, THRESHOLD, SCALE)
+    total = _sum_of_parts(
+        x_ptr, x_bias_ptr, residual_ptr, x_offset, residual_offset,
+        columns, mask, columns < WIDTH, None if X_IS_TOTAL else keep,
+    )  # fmt: skip
+    dy = tl.load(dy_ptr + dy_offset[:, None] + columns[None, :], mask=mask, other=0.0)
+    weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    normed = (total - mean[:, None]) * rstd[:, None]
+    return dy.to(tl.float32), weight[None, :], normed, keep, mask
+
+
+# rows too wide to lie in registers beside those sums: one program owns CHUNK columns of its rows.
+# It walks a whole row for the two means, which its neighbours do as well, then reads its own
+# columns and draws their mask again
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def _layer_norm_wide_bwd_kernel(
+    dy_ptr, dtotal_ptr, x_ptr, x_bias_ptr, residual_ptr, weight_ptr, mean_ptr, rstd_ptr,
+    dx_ptr, dresidual_ptr, partial_ptr,
+    state_ptr, sequence_ids_ptr, positions_ptr,
+    dy_row_stride, dtotal_row_stride, x_row_stride, residual_row_stride,
+    rows, blocks_per_program, layer, site,
+    WIDTH: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, X_IS_TOTAL: tl.constexpr,
+    SUMS: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(1)
+    own_first = tl.program_id(0) * CHUNK
+    own_columns = own_first + tl.arange(0, CHUNK)
+    weight_sum = tl.zeros([ROWS, CHUNK], tl.float32)
+    bias_sum = tl.zeros([ROWS, CHUNK], tl.float32)
+    x_bias_sum = tl.zeros([ROWS, CHUNK], tl.float32)
+    key = None
+    if state_ptr is not None:
+        key = subkey(state_ptr, layer, site)
+    for block in range(0, blocks_per_program):
+        row = (block * tl.num_programs(1) + program) * ROWS + tl.arange(0, ROWS)
+        row_mask = row < rows
+        wide_row = row.to(tl.int64)
+        mean = tl.load(mean_ptr + row, mask=row_mask, other=0.0)
+        rstd = tl.load(rstd_ptr + row, mask=row_mask, other=0.0)
+        sequence, position = None, None
+        if state_ptr is not None:
+            sequence, position = row_coordinates(
+                state_ptr, sequence_ids_ptr, positions_ptr, row, row_mask
+            )
+        scaled_sum = tl.zeros([ROWS, CHUNK], tl.float32)
+        product_sum = tl.zeros([ROWS, CHUNK], tl.float32)
+        for first in range(0, CHUNKS * CHUNK, CHUNK):
+            dy, weight, normed, _keep, _mask = _piece_of_wide_row(
+                dy_ptr, x_ptr, x_bias_ptr, residual_ptr, weight_ptr,
+                wide_row * dy_row_stride, wide_row * x_row_stride, wide_row * residual_row_stride,
+                first + tl.arange(0, CHUNK), first, row_mask, mean, rstd, key, sequence, position,
+                WIDTH, THRESHOLD, SCALE, X_IS_TOTAL, CHUNK,
+            )  # fmt: skip
+            scaled_sum += dy * weight
+            product_sum += dy * weight * normed
+        dy, weight, normed, keep, mask = _piece_of_wide_row(
+            dy_ptr, x_ptr, x_bias_ptr, residual_ptr, weight_ptr,
+            wide_row * dy_row_stride, wide_row * x_row_stride, wide_row * residual_row_stride,
+            own_columns, own_first, row_mask, mean, rstd, key, sequence, position,
+            WIDTH, THRESHOLD, SCALE, X_IS_TOTAL, CHUNK,
+        )  # fmt: skip
+        gradient = dy * weight - (tl.sum(scaled_sum, axis=1) / WIDTH)[:, None]
+        gradient -= normed * (tl.sum(product_sum, axis=1) / WIDTH)[:, None]
+        gradient *= rstd[:, None]
+        if dtotal_ptr is not None:
+            gradient += tl.load(
+                dtotal_ptr + wide_row[:, None] * dtotal_row_stride + own_columns[None, :],
+                mask=mask, other=0.0,
+            ).to(tl.float32)  # fmt: skip
+        place = wide_row[:, None] * WIDTH + own_columns[None, :]
+        if dresidual_ptr is not None:
+            tl.store(dresidual_ptr + place, gradient, mask=mask)
+        if state_ptr is not None:
+            gradient *= keep
+        tl.store(dx_ptr + place, gradient, mask=mask)
+        weight_sum += dy * normed
+        bias_sum += dy
+        x_bias_sum += tl.where(mask, gradient, 0.0)
+    place = partial_ptr + program * SUMS * WIDTH + own_columns
+    column_mask = own_columns < WIDTH
+    tl.store(place, tl.sum(weight_sum, axis=0), mask=column_mask)
+    tl.store(place + WIDTH, tl.sum(bias_sum, axis=0), mask=column_mask)
+    if SUMS == 3:
+        tl.store(place + 2 * WIDTH, tl.sum(x_bias_sum, axis=0), mask=column_mask)
+
+
 def layer_norm_fwd(
     x: Tensor,
     x_bias: Tensor | None,
@@ -285,12 +383,14 @@ def layer_norm_bwd(
     if rows == 0:
         return dx, dresidual, dx.new_zeros((sums, width), dtype=torch.float32)
     chosen = launch.configure("layer_norm_bwd", x, width)
+    chunks = triton.cdiv(width, chosen.columns)
     blocks = triton.cdiv(rows, chosen.rows)
     programs = launch.programs(x, chosen, blocks)
+    wide = width > launch.HELD_WIDTH
     partial = torch.empty((programs, sums * width), dtype=torch.float32, device=x.device)
     launch.run(
-        _layer_norm_bwd_kernel,
-        (programs,),
+        _layer_norm_wide_bwd_kernel if wide else _layer_norm_bwd_kernel,
+        (chunks, programs) if wide else (programs,),
         dy, dtotal, x, x_bias, residual, weight, mean, rstd,
         dx, dresidual if separate else None, partial,
         state, sequence_ids, positions,
@@ -300,6 +400,6 @@ def layer_norm_bwd(
         launch=chosen,
         WIDTH=width, THRESHOLD=keep_threshold(dropout_p), SCALE=keep_scale(dropout_p),
         X_IS_TOTAL=x_is_total, SUMS=sums,
-        ROWS=chosen.rows, CHUNK=chosen.columns, CHUNKS=triton.cdiv(width, chosen.columns),
+        ROWS=chosen.rows, CHUNK=chosen.columns, CHUNKS=chunks,
     )  # fmt: skip
     return dx, dresidual, column_sum(partial).view(sums, width)

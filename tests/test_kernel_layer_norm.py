@@ -60,7 +60,7 @@ def test_every_dtype(dropout_p, dtype):
     check(5, 96, "whole", dtype, dropout_p)
 
 
-@pytest.mark.parametrize("width", [32, 33, 128, 384, 768, 1000, 1024, 8192])
+@pytest.mark.parametrize("width", [32, 33, 128, 384, 768, 1000, 1024, 4097, 8192])
 def test_widths(width):
     check(2, width, "whole", torch.float32, 0.1)
 
