@@ -7,6 +7,7 @@ the CPU once, and the static picture is printed, bytes, operations, registers an
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import re
@@ -63,7 +64,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """Times of one case; `share_of_floor` is the floor's time over ours."""
+    """Times of one case; `share_of_floor` is the floor's time over ours, peers by name."""
 
     name: str
     shape: tuple[int, ...]
@@ -75,6 +76,7 @@ class Row:
     share_of_floor: float = 0.0
     peak_mib: float = 0.0
     peers_ms: dict[str, float] | None = None
+    peers_failed: dict[str, str] | None = None
 
 
 def cases() -> Iterator[Case]:
@@ -132,22 +134,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{name}, torch {torch.__version__}: the card's ceilings come first", flush=True)
     best = gpu.ceilings()
     print(f"copy {best.copy_gb_per_s:.0f} GB/s, bf16 {best.matmul_tflop_per_s:.0f} TFLOP/s")
-    rows = []
+    rows: list[Row] = []
     started = time.monotonic()
     for case in cases():
         left = time.monotonic() - started < PEERS_LIMIT_S
         rows.append(measure(case, best, compiled=left, autotune=left and options.autotune))
         print(f"measured {case.name} {case.shape}", flush=True)
-    if options.results:
-        path = Path(options.results) / f"kernels-{file_name(name)}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        described = machine.describe(torch.device("cuda"))
-        entry = {"machine": described, "ceilings": asdict(best), "rows": [asdict(r) for r in rows]}
-        with atomic_write(path) as file:
-            json.dump(entry, file, indent=1)
-        print(path)
+        if options.results:
+            # after every row: what was measured stays, whatever ends the run
+            _write(Path(options.results) / f"kernels-{file_name(name)}.json", best, rows)
     print(table(rows))
     return 1 if any(row.refused for row in rows) else 0
+
+
+def _write(path: Path, best: gpu.Ceilings, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    described = machine.describe(torch.device("cuda"))
+    entry = {"machine": described, "ceilings": asdict(best), "rows": [asdict(r) for r in rows]}
+    with atomic_write(path) as file:
+        json.dump(entry, file, indent=1)
 
 
 def measure(
@@ -159,15 +164,19 @@ def measure(
         return Row(case.name, case.shape, parity.worst(), refused=True)
     ours = _step(case, "triton", case.operator)
     ms = gpu.time_ms(ours)
-    peers = {"eager": gpu.time_ms(_step(case, "reference", case.operator))}
+    peers = {"eager": case.operator}
     if compiled:
-        generated = torch.compile(case.operator)
-        peers["compiled"] = gpu.time_ms(_step(case, "reference", generated))
+        peers["compiled"] = torch.compile(case.operator)
     if autotune and case.operations:
-        tuned = torch.compile(case.operator, mode="max-autotune-no-cudagraphs")
-        peers["max-autotune"] = gpu.time_ms(_step(case, "reference", tuned))
+        peers["max-autotune"] = torch.compile(case.operator, mode="max-autotune-no-cudagraphs")
     if case.liger is not None and importlib.util.find_spec("liger_kernel"):
-        peers["liger"] = gpu.time_ms(_step(case, "reference", case.liger))
+        peers["liger"] = case.liger
+    times, failures = {}, {}
+    for name, operator in peers.items():
+        try:
+            times[name] = gpu.time_ms(_step(case, "reference", operator))
+        except Exception as error:  # a peer that breaks is told, and costs no other row
+            failures[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return Row(
         case.name,
         case.shape,
@@ -178,7 +187,8 @@ def measure(
         tflop_per_s=case.operations / ms / 1e9,
         share_of_floor=best.floor_ms(case.moved_bytes, case.operations) / ms,
         peak_mib=gpu.peak_mib(ours),
-        peers_ms=peers,
+        peers_ms=times,
+        peers_failed=failures,
     )
 
 
@@ -194,6 +204,7 @@ def table(rows: Sequence[Row]) -> str:
             lines.append(f"{row.name:<40} {shape:<18} refused: {row.parity:.2f} of the error bound")
             continue
         ratios = "  ".join(f"{n} {t / row.ms:.2f}" for n, t in (row.peers_ms or {}).items())
+        ratios += "".join(f"  {n} failed: {why}" for n, why in (row.peers_failed or {}).items())
         lines.append(
             f"{row.name:<40} {shape:<18} {row.ms:>8.4f} {row.gb_per_s:>7.0f} "
             f"{row.tflop_per_s:>8.1f} {row.share_of_floor:>8.2f} {row.peak_mib:>8.1f}  {ratios}"
@@ -270,8 +281,8 @@ def _parity(case: Case, device: torch.device, rows: int) -> Parity:
 
 def _step(case: Case, backend: str, operator: Callable[..., Tensor]) -> Callable[[], Any]:
     leaves = _leaves(case, ROWS, DTYPE, torch.device("cuda"))
-    output = operator(**leaves)
-    flowing = _flowing(output)
+    with ops.use_backend(backend):
+        flowing = _flowing(operator(**leaves))
     targets = list(leaves.values())
 
     def forward() -> Any:
@@ -315,9 +326,14 @@ def _feed_forward_inputs(hidden_size: int, intermediate_size: int) -> Callable[[
     }
 
 
+@functools.cache
+def _rng(device: torch.device) -> Rng:
+    # its state is copied to the device once, as in training, not once a call
+    return Rng(seed=1, exact=True).on(device)
+
+
 def _dropped_norm(**tensors: Any) -> Tensor:
-    rng = Rng(seed=1, exact=True).on(tensors["x"].device)
-    return ops.layer_norm(**tensors, dropout_p=0.1, rng=rng)
+    return ops.layer_norm(**tensors, dropout_p=0.1, rng=_rng(tensors["x"].device))
 
 
 def _liger_norm(**tensors: Tensor) -> Tensor:

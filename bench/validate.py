@@ -77,6 +77,11 @@ class Result:
     passed: bool
 
 
+def operators() -> list[str]:
+    """Names of the operators that have a kernel."""
+    return list(dict.fromkeys(check.operator for check in checks(small=True)))
+
+
 def checks(*, small: bool) -> Iterator[Check]:
     """Every operator that has a kernel, over the shape classes; `small` for the interpreter."""
     if small:
@@ -110,6 +115,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.quick and not options.compile:
         raise InputError("validate: --quick is of --compile")
+    if options.compile and options.operators:
+        raise InputError("validate: --compile takes no operators: it compiles every kernel")
+    unknown = set(options.operators) - set(operators())
+    if unknown:
+        raise InputError(
+            f"validate: no operator {min(unknown)!r} with a kernel, there are "
+            f"{', '.join(operators())}"
+        )
     if importlib.util.find_spec("triton") is None:
         raise InputError("validate: triton is not installed: pip install triton")
     if options.compile:
@@ -133,7 +146,9 @@ def _validate(options: argparse.Namespace) -> int:
         f"{'error':>9} {'PyTorch':>9} {'ratio':>6} {'of bound':>8}"
     )
     results = []
-    for result in validate(device, checks(small=not on_gpu)):
+    found = checks(small=not on_gpu)
+    wanted = options.operators or operators()
+    for result in validate(device, (check for check in found if check.operator in wanted)):
         results.append(result)
         say(_line(result), flush=True)
     failed = sum(not result.passed for result in results)
@@ -166,7 +181,8 @@ def _again_interpreted(options: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "fastbert.bench", "validate"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     environment.pop("FASTBERT_BACKEND", None)
-    return subprocess.run(command + ["--json"] * options.json, env=environment).returncode
+    command += ["--json"] * options.json + options.operators
+    return subprocess.run(command, env=environment).returncode
 
 
 def _judge(check: Check, dtype: torch.dtype, device: torch.device) -> Result:
@@ -294,6 +310,7 @@ def _silent(*words: object, **options: object) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastbert validate", description=__doc__)
+    parser.add_argument("operators", nargs="*", metavar="operator", help="these alone (all)")
     parser.add_argument("--compile", action="store_true", help="compile for every architecture")
     parser.add_argument("--quick", action="store_true", help="with --compile: the part CI runs")
     parser.add_argument("--processes", type=int, help="with --compile: how many at once")

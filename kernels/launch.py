@@ -186,9 +186,11 @@ def default(kernel: str, size: int) -> Launch:
     if kernel == "layer_norm_bwd" and size > HELD_WIDTH:
         return Launch(rows=1, columns=min(chunk_columns(size), 2048), num_warps=8)
     if kernel == "layer_norm_bwd":
-        # where columns are masked, two warps a row are a few registers short
-        whole = size % chunk_columns(size) == 0
-        chosen = _row_launch(size, elements=1024, elements_per_warp=512 if whole else 256)
+        # where columns are masked, a warp holds less: ptxas runs short of predicates
+        if size % chunk_columns(size):
+            chosen = _row_launch(size, elements=512, elements_per_warp=256)
+        else:
+            chosen = _row_launch(size, elements=1024, elements_per_warp=512)
         return replace(chosen, programs_per_processor=max(1, 12 // chosen.num_warps))
     if kernel == "bias_activation_fwd":
         return Launch(rows=4, columns=_columns(size, 512), num_warps=4)

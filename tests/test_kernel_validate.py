@@ -5,13 +5,13 @@ import json
 
 import pytest
 import torch
-from kernel_harness import runs_kernels
+from kernel_harness import ON_GPU, runs_kernels
 
 from fastbert.bench import __main__ as bench
 from fastbert.bench import validate
 from fastbert.kernels import launch
 
-if launch.INTERPRETED:
+if ON_GPU or launch.INTERPRETED:
     from fastbert.kernels import autograd
 
 pytestmark = runs_kernels
@@ -22,6 +22,7 @@ def one_shape(monkeypatch):
     """The checks of one LayerNorm shape and one feed-forward shape."""
     found = [*validate._norm_checks(5, 48), *validate._feed_forward_checks(5, 16, 40)]
     monkeypatch.setattr(validate, "checks", lambda small: iter(found))
+    monkeypatch.setattr(validate, "operators", lambda: list({check.operator for check in found}))
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def one_dtype(monkeypatch):
 def test_all_is_well(one_shape, capsys):
     assert bench.main(["validate"]) == 0
     printed = capsys.readouterr().out
-    assert "no GPU: small shapes through Triton's interpreter" in printed
+    assert ("no GPU: small shapes through Triton's interpreter" in printed) is not ON_GPU
     assert printed.endswith("24 passed, 0 failed\n")
 
 
@@ -94,6 +95,19 @@ def test_a_kernel_that_leaves_nan_is_found(monkeypatch, capsys):
 def test_quick_is_of_compile(capsys):
     assert bench.main(["validate", "--quick"]) == 2
     assert "error: validate: --quick is of --compile" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("one_shape", "one_dtype")
+def test_one_operator_alone(capsys):
+    assert bench.main(["validate", "--json", "layer_norm_with_sum"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert {r["operator"] for r in results} == {"layer_norm_with_sum"}
+
+
+def test_an_unknown_operator_is_named_with_those_there_are(capsys):
+    assert bench.main(["validate", "layernorm"]) == 2
+    error = capsys.readouterr().err
+    assert "validate: no operator 'layernorm' with a kernel, there are layer_norm," in error
 
 
 def test_the_shapes_cover_tails_and_every_class():

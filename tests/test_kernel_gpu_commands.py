@@ -1,0 +1,127 @@
+"""The commands for a GPU, gone through on small shapes in the interpreter."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import pytest
+import torch
+from kernel_harness import ON_GPU, runs_kernels
+from pretend_gpu import NAME, pretended_gpu
+
+from fastbert.bench import __main__ as bench
+from fastbert.bench import gpu, gpu_test, kernels, tune
+from fastbert.kernels import launch
+
+__all__ = ["pretended_gpu"]
+
+pytestmark = [
+    runs_kernels,
+    pytest.mark.skipif(ON_GPU, reason="a machine with a GPU runs the commands themselves"),
+]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(gpu, "COPY_BYTES", 1 << 12)
+    monkeypatch.setattr(gpu, "MATMUL_SIZE", 8)
+    monkeypatch.setattr(kernels, "ROWS", 5)
+    monkeypatch.setattr(kernels, "PARITY_ROWS", 3)
+    monkeypatch.setattr(tune, "ROWS", 3)
+
+
+def narrow(case: kernels.Case) -> bool:
+    return case.shape[1] == 768
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+def test_bench_kernels(tmp_path, monkeypatch, capsys):
+    found = [case for case in kernels.cases() if narrow(case)]
+    monkeypatch.setattr(kernels, "cases", lambda: iter(found))
+    assert bench.main(["kernels", "--autotune", "--results", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "failed" not in printed and "refused" not in printed
+    entry = json.loads((tmp_path / "kernels-a-pretended-gpu.json").read_text())
+    assert entry["machine"]["gpu"] == NAME
+    assert [row["name"] for row in entry["rows"]] == [case.name for case in found]
+    products = [r for r in entry["rows"] if r["name"].startswith("feed_forward")]
+    assert all(r["peers_ms"].keys() >= {"eager", "compiled", "max-autotune"} for r in products)
+    # a table line for every row, and it comes last
+    assert printed.rstrip().splitlines()[-len(found) - 1].startswith("operator")
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+def test_a_peer_that_breaks_costs_no_row(monkeypatch):
+    case = next(case for case in kernels.cases() if narrow(case))
+
+    def broken(function, **options):
+        def called(**tensors):
+            raise RuntimeError("no compiler\nand more lines")
+
+        return called
+
+    monkeypatch.setattr(torch, "compile", broken)
+    row = kernels.measure(case, gpu.Ceilings(1.0, 1.0))
+    assert row.peers_failed == {"compiled": "no compiler"} and "eager" in row.peers_ms
+    assert "compiled failed: no compiler" in kernels.table([row])
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+def test_tune(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FASTBERT_LAUNCH_FILE", str(tmp_path / "launch.json"))
+    monkeypatch.setattr(tune, "DTYPES", [torch.bfloat16])
+    every = tune.candidates
+
+    def few(kernel, size):
+        found = list(every(kernel, size))
+        return [found[0], found[-1]]
+
+    monkeypatch.setattr(tune, "candidates", few)
+    launch.overrides.cache_clear()
+    # the clock stands still: nothing is faster than the default
+    assert bench.main(["tune", "--widths", "64"]) == 0
+    assert "0 rows" in capsys.readouterr().out
+    launch.overrides.cache_clear()
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+def test_gpu_test(tmp_path, monkeypatch, capsys):
+    todo = {
+        "validate layer_norm": [
+            sys.executable,
+            "-c",
+            "print('a warning'); print('{\"device\": \"cuda\", \"results\": [{\"operator\":"
+            " \"layer_norm\", \"dtype\": \"float32\", \"passed\": true, \"share\": 0.5}]}')",
+        ],
+        "test_kernel_x.py": [sys.executable, "-c", "print('3 passed in 1 s')"],
+        "test_kernel_y.py": [sys.executable, "-c", "print('E  wrong'); raise SystemExit(1)"],
+    }  # fmt: skip
+    monkeypatch.setattr(gpu_test, "commands", lambda tests: todo)
+    assert bench.main(["gpu-test", "--results", str(tmp_path), "--at-once", "2"]) == 1
+    entry = json.loads((tmp_path / "gpu-test-a-pretended-gpu.json").read_text())
+    assert [part["name"] for part in entry["parts"]] == list(todo)
+    assert [part["status"] for part in entry["parts"]] == [0, 0, 1]
+    assert entry["validator"][0]["share"] == 0.5 and entry["ceilings"]["copy_gb_per_s"] > 0
+    printed = capsys.readouterr().out
+    assert "E  wrong" in printed and "3 passed in 1 s" in printed
+
+
+def test_every_part_is_a_process_and_none_is_forgotten(root):
+    found = gpu_test.commands(root / "tests")
+    assert {"validate layer_norm", "validate feed_forward"} <= found.keys()
+    assert {"test_kernel_gpu.py", "test_kernel_layer_norm.py", "test_kernel_validate.py"} <= (
+        found.keys()
+    )
+    assert "test_cli.py" not in found and "test_kernel_gpu_commands.py" not in found
+
+
+def test_the_deadline_ends_every_part():
+    slow = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
+    todo = {"slow": slow, "never": slow}
+    start = time.monotonic()
+    parts = gpu_test.run(todo, start + 2.0, at_once=1)
+    assert time.monotonic() - start < 20
+    assert [part.status for part in parts] == [gpu_test.TIMED_OUT] * 2
+    assert parts[0].stdout.startswith("begun") and "time was up" in parts[1].stdout
