@@ -44,8 +44,8 @@ test-slow: $(STAMP)-test $(STAMP)-weights ## the tests that take minutes
 gpu-test: ## what needs a GPU, tests and validator, with $PYTHON and what is installed there
 	$(PYTHON) -m fastbert.bench gpu-test --results $(RESULTS)
 
-gpu-bench: ## kernels beside their peers, with $PYTHON and what is installed there (RESULTS=folder)
-	$(PYTHON) -m fastbert.bench kernels --autotune --results $(RESULTS)
+gpu-bench: ## training steps and kernels beside their peers, with $PYTHON (RESULTS=folder)
+	$(PYTHON) -m fastbert.bench gpu-bench --results $(RESULTS)
 
 compile-matrix: $(STAMP)-test ## every kernel compiled for every GPU generation; needs no GPU
 	$(VENV_PYTHON) -m fastbert.bench validate --compile

@@ -36,6 +36,7 @@ from fastbert.models import BertForMaskedLM
 from fastbert.packing import Capacity, Examples, PackedBatch
 from fastbert.training.loop import accumulate, autocast, has_fast_bf16
 from fastbert.training.optimizer import Optimizers
+from fastbert.training.step import TrainingStep
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CLS, SEP, MASK, FIRST_WORD = 101, 102, 103, 999
@@ -203,8 +204,8 @@ def _notes() -> list[str]:
     return [
         "transformers: BertForMaskedLM, sdpa, the batch padded to its longest sequence as its "
         "default collator does; not sorted by length, which one batch cannot be",
-        "ours: the trainer's accumulate and Optimizers.step on one packed micro-batch with the "
-        "stream's slots; the attention plan is made anew in every step",
+        "ours: the trainer's TrainingStep on one packed micro-batch with the stream's slots; the "
+        "last layer computes the masked rows alone; the attention plan is made anew in every step",
     ]
 
 
@@ -214,14 +215,13 @@ def _ours(folder: str, batch: PackedBatch, dtype: str, device: torch.device) -> 
         model, "adamw", learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, beta2=BETAS[1]
     )
 
-    def step() -> None:
-        # a batch object of its own, so that its layout is worked out as for a fresh batch
-        fresh = dataclasses.replace(batch)
-        accumulate(model, [fresh], device=device, dtype=DTYPES[dtype])
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        optimizers.step(1.0)
+    step = TrainingStep(model, optimizers, DTYPES[dtype], CLIP_NORM)
 
-    return Side("fastbert", dtype, step)
+    def take() -> None:
+        # a batch object of its own, so that its layout is worked out as for a fresh batch
+        step([dataclasses.replace(batch)], None, 1.0)
+
+    return Side("fastbert", dtype, take)
 
 
 def _theirs(folder: str, padded: dict[str, Tensor], dtype: str, device: torch.device) -> Side:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +13,8 @@ from fastbert.kernels import ops
 from fastbert.kernels.ops import Rng
 from fastbert.packing import PackedBatch
 
+# where more of the rows are read, gathering them costs more than it saves
+MOST_SELECTED = 0.5
 # dropout sites of one layer
 _ATTENTION, _ATTENTION_OUTPUT, _OUTPUT = range(3)
 
@@ -67,9 +71,14 @@ class Layer(nn.Module):
         self.output_norm = Norm(hidden_size)
 
     def forward(
-        self, hidden_states: Tensor, batch: PackedBatch, rng: Rng | None, layer: int
+        self,
+        hidden_states: Tensor,
+        batch: PackedBatch,
+        rng: Rng | None,
+        layer: int,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """[tokens, hidden_size] -> [tokens, hidden_size]."""
+        """[tokens, hidden_size] -> [tokens, hidden_size], or of these rows alone."""
         config = self.config
         hidden_dropout = config.hidden_dropout_prob if rng else 0.0
         projected = F.linear(hidden_states, self.qkv.weight, self.qkv.bias)
@@ -80,6 +89,10 @@ class Layer(nn.Module):
             dropout_p=config.attention_probs_dropout_prob if rng else 0.0,
             rng=rng.at(layer, _ATTENTION) if rng else None,
         )
+        if rows is not None:
+            # what follows works on each row by itself
+            context, hidden_states = (t.index_select(0, rows) for t in (context, hidden_states))
+            rng = rng.select(rows) if rng else None
         # the biases of both output projections are added by layer_norm
         attended = ops.layer_norm(
             F.linear(context.flatten(1), self.attention_output.weight),
@@ -118,15 +131,19 @@ class Encoder(nn.Module):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, batch: PackedBatch, rng: Rng | None = None) -> Tensor:
+    def forward(
+        self, batch: PackedBatch, rng: Rng | None = None, rows: Tensor | None = None
+    ) -> Tensor:
         """Hidden states of the last layer.
 
         Args:
             batch: packed sequences, none longer than `max_position_embeddings`.
             rng: names this step's dropout draws; None for no dropout.
+            rows: [selected] int64; the last layer's output projection and feed-forward are computed
+                for these tokens alone. None for all.
 
         Returns:
-            [tokens, hidden_size].
+            [tokens, hidden_size], or [selected, hidden_size].
 
         Raises:
             ValueError: a sequence is longer than the model's positions.
@@ -141,12 +158,40 @@ class Encoder(nn.Module):
             # one copy a step, not one a dropout site
             rng = rng.on(batch.input_ids.device)
         if rng and batch.sample_ids is not None:
-            rows = batch.layout.rows()
-            rng = rng.rows(rows.sample_ids, rows.positions)
+            of_stream = batch.layout.rows()
+            rng = rng.rows(of_stream.sample_ids, of_stream.positions)
         hidden_states = self.embeddings(batch, rng.at(0) if rng else None)
         for number, layer in enumerate(self.layers, start=1):
-            hidden_states = layer(hidden_states, batch, rng, number)
+            last = number == len(self.layers)
+            hidden_states = layer(hidden_states, batch, rng, number, rows if last else None)
         return hidden_states
+
+    def selected(
+        self, batch: PackedBatch, rng: Rng | None, *, masked: bool = False, first: bool = False
+    ) -> tuple[Tensor, PackedBatch]:
+        """Hidden states of the rows that a loss reads, and the batch as it lies in them.
+
+        Args:
+            batch, rng: as for the call itself.
+            masked: the masked positions are read.
+            first: the first token of each sequence is read.
+
+        Returns:
+            [rows, hidden_size], and the batch whose `masked_positions` and `first_tokens` count
+            in those rows. Where they are not few, all rows and the batch itself.
+        """
+        masked_positions = batch.masked_positions if masked else None
+        parts = [] if masked_positions is None else [masked_positions]
+        parts += [batch.first_tokens] if first else []
+        rows = torch.cat(parts) if parts else None
+        if rows is None or len(rows) > MOST_SELECTED * batch.capacity:
+            return self(batch, rng), batch
+        place = torch.arange(len(rows), device=rows.device)
+        shorter = dataclasses.replace(batch)
+        shorter.masked_positions = None if masked_positions is None else place[: len(parts[0])]
+        # the first tokens come last
+        shorter.__dict__["first_tokens"] = place[len(rows) - len(batch.first_tokens) :]
+        return self(batch, rng, rows), shorter
 
 
 def initialise(module: nn.Module, config: EncoderConfig, seed: int) -> None:

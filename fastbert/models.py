@@ -91,11 +91,12 @@ class Targets:
 
     Attributes:
         masked: of the masked-LM objective.
-        labelled: of the sequence objective.
+        labelled: of the sequence objective. Numbers, or scalar tensors of at least 1, which a
+            captured CUDA graph reads anew in every step.
     """
 
-    masked: int = 0
-    labelled: int = 0
+    masked: int | Tensor = 0
+    labelled: int | Tensor = 0
 
     @classmethod
     def of(cls, *batches: PackedBatch) -> Targets:
@@ -241,7 +242,10 @@ class BertForPreTraining(Model):
         batch, rows, shape = _packed(input_ids, attention_mask, token_type_ids)
         if rows is not None:
             _add_labels(batch, rows, labels, next_sentence_label)
-        hidden_states = self.encoder(batch, rng)
+        scored = batch.labels is not None or batch.sequence_labels is not None
+        hidden_states, batch = self.encoder.selected(
+            batch, rng, masked=batch.labels is not None, first=scored
+        )
         pooled = self.pooler(hidden_states[batch.first_tokens])
         relationship = F.linear(pooled, self.next_sentence.weight, self.next_sentence.bias)
         output = TrainingOutput(seq_relationship_logits=relationship)
@@ -279,7 +283,7 @@ class BertForMaskedLM(Model):
         batch, rows, shape = _packed(input_ids, attention_mask, token_type_ids)
         if rows is not None:
             _add_labels(batch, rows, labels, None)
-        hidden_states = self.encoder(batch, rng)
+        hidden_states, batch = self.encoder.selected(batch, rng, masked=batch.labels is not None)
         output = TrainingOutput()
         if batch.labels is not None:
             _masked_lm_loss(self, hidden_states, batch, targets or Targets.of(batch), output)
@@ -322,7 +326,7 @@ class BertForSequenceClassification(Model):
         batch, rows, _ = _packed(input_ids, attention_mask, token_type_ids)
         if rows is not None:
             _add_labels(batch, rows, None, labels)
-        hidden_states = self.encoder(batch, rng)
+        hidden_states, batch = self.encoder.selected(batch, rng, first=True)
         logits = self.classifier(self.pooler(hidden_states[batch.first_tokens]), rng)
         output = TrainingOutput(logits=logits)
         if batch.sequence_labels is not None:
@@ -379,6 +383,9 @@ def _sequence_loss(
     _add_loss(output, loss_sum, targets.labelled, weight)
 
 
-def _add_loss(output: TrainingOutput, loss_sum: Tensor, targets: int, weight: float) -> None:
-    share = loss_sum * (weight / max(targets, 1)) if weight != 1.0 else loss_sum / max(targets, 1)
+def _add_loss(
+    output: TrainingOutput, loss_sum: Tensor, targets: int | Tensor, weight: float
+) -> None:
+    count = targets if isinstance(targets, Tensor) else max(targets, 1)
+    share = loss_sum / count if weight == 1.0 else loss_sum * weight / count
     output.loss = share if output.loss is None else output.loss + share

@@ -79,6 +79,14 @@ class Rng:
         """The same draw with these rows' coordinates, or None to number the rows."""
         return replace(self, sequence_ids=sequence_ids, positions=positions)
 
+    def select(self, rows: Tensor) -> Rng:
+        """The same draw for these of its rows, [selected] int64: each keeps its coordinates."""
+        positions = rows if self.positions is None else self.positions.index_select(0, rows)
+        ids = self.sequence_ids
+        return self.rows(
+            None if ids is None else ids.index_select(0, rows), positions.to(torch.int32)
+        )
+
     def on(self, device: torch.device | str) -> Rng:
         """The same draw with its state on `device`: once a step spares a copy a call."""
         return replace(self, state=self.device_state(torch.device(device)))

@@ -325,31 +325,11 @@ def test_no_checkpoint_of_a_poisoned_model(cause, tmp_path, monkeypatch):
     assert json.loads(last)["masked_lm_loss"] is None
 
 
-def test_gradients_are_clipped(tmp_path, monkeypatch):
-    norms = []
-    original = Optimizers.step
-
-    def step(self, factor):
-        squares = sum(float(p.grad.square().sum()) for p in run.model.parameters())
-        norms.append(math.sqrt(squares))
-        original(self, factor)
-
-    monkeypatch.setattr(Optimizers, "step", step)
-    # powers of two: scaling by one is exact
-    for clip_norm, number in ((2.0**-6, 0), (0.0, 1)):
-        run = Run(tmp_path / str(number), clip_norm=clip_norm, budget=Budget(max_steps=2))
-        run.go()
-    eps = torch.finfo(torch.float32).eps
-    parameters = sum(p.numel() for p in run.model.parameters())
-    assert max(norms[:2]) <= 2.0**-6 * (1.0 + eps * parameters)
-    assert min(norms[2:]) > 2.0**-5
-
-
 @pytest.mark.parametrize(
     "fields, message",
     [
         ({"schedule": "up"}, "--schedule must be one of constant, linear, cosine, wsd, got 'up'"),
-        ({"dtype": "fp8"}, "--dtype must be one of auto, fp32, bf16, got 'fp8'"),
+        ({"dtype": "fp8"}, "--dtype must be one of auto, fp32, bf16, fp16, got 'fp8'"),
         ({"warmup": 1.0}, r"--warmup must be in \[0, 1\), got 1.0"),
         ({"warmup": -0.1}, r"--warmup must be in \[0, 1\), got -0.1"),
         ({"accumulation": 0}, "--accumulation must be at least 1, got 0"),
@@ -366,8 +346,9 @@ def test_dtypes(monkeypatch):
     for fast, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(module, "has_fast_bf16", lambda device, fast=fast: fast)
         assert compute_dtype("auto", CPU) == expected
-    with pytest.raises(InputError, match="--dtype must be one of auto, fp32, bf16"):
-        compute_dtype("fp16", CPU)
+    assert compute_dtype("fp16", CPU) == torch.float16
+    with pytest.raises(InputError, match="--dtype must be one of auto, fp32, bf16, fp16"):
+        compute_dtype("fp64", CPU)
 
 
 def test_a_processor_without_the_units_gets_fp32(monkeypatch):

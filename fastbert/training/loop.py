@@ -26,15 +26,34 @@ from fastbert.data.stream import Position
 from fastbert.errors import InputError
 from fastbert.kernels import ops
 from fastbert.kernels.ops import Rng
-from fastbert.models import Targets
 from fastbert.packing import PackedBatch
+from fastbert.training.loss_scale import LossScale
 from fastbert.training.meter import Meter
-from fastbert.training.optimizer import Optimizers
-from fastbert.training.result import StepResult
+from fastbert.training.optimizer import Optimizers, refuse_capture
 from fastbert.training.schedule import SCHEDULES, Budget, learning_rate_factor
 from fastbert.training.state import TrainState, save_checkpoint
+from fastbert.training.step import CapturedStep, TrainingStep, accumulate, autocast
 
-DTYPES = ("auto", "fp32", "bf16")
+__all__ = [
+    "DTYPES",
+    "Interruption",
+    "LoopConfig",
+    "accumulate",
+    "autocast",
+    "compute_dtype",
+    "default_device",
+    "describe_path",
+    "has_fast_bf16",
+    "refuse_graph",
+    "train",
+    "training_step",
+]
+
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# steps in a row without finite gradients after which a run has gone astray: a loss scale of fp16
+# has come down to 1 by then
+MOST_SKIPPED = 20
 
 
 @dataclass
@@ -53,6 +72,8 @@ class LoopConfig:
     dropout: bool = True
     seed: int = 0
     dtype: str = "auto"
+    # the part of a step on the device as one CUDA graph
+    cuda_graph: bool = False
     evaluate_minutes: float = 5.0
     checkpoint_minutes: float = 5.0
 
@@ -120,7 +141,14 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
         raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}")
     if name == "auto":
         return torch.bfloat16 if has_fast_bf16(device) else torch.float32
-    return torch.bfloat16 if name == "bf16" else torch.float32
+    return _TORCH_DTYPES[name]
+
+
+def refuse_graph(optimizer: str, device: torch.device) -> None:
+    """Raise InputError where --cuda-graph cannot be had; for the start of a run."""
+    if device.type != "cuda":
+        raise InputError(f"--cuda-graph: needs a CUDA or HIP device, this run is on {device.type}")
+    refuse_capture(optimizer)
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -133,43 +161,16 @@ def has_fast_bf16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-    """Mixed precision for bf16, nothing for fp32."""
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype)
-
-
-def accumulate(
-    model: nn.Module,
-    micro_batches: list[PackedBatch],
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    rng: Rng | None = None,
-) -> StepResult:
-    """Gradients of one optimiser step: k micro-batches give what one batch of them all would.
-
-    Args:
-        model: of `fastbert.models`, with a head.
-        micro_batches: on the host.
-        device: where the model is.
-        dtype: of matrix products.
-        rng: names the step's dropout draws; None for no dropout.
-    """
-    targets = Targets.of(*micro_batches)
-    result = StepResult(sum(b.num_tokens for b in micro_batches), targets)
-    for number, batch in enumerate(micro_batches):
-        on_device = batch.to(device, non_blocking=True) if device.type != "cpu" else batch
-        own = Rng(rng.seed, rng.step, number) if rng else None
-        with autocast(device, dtype):
-            output = model(on_device, rng=own, targets=targets)
-        output.loss.backward()
-        result.add("masked_lm_loss", output.masked_lm_loss_sum)
-        result.add("masked_lm_correct", output.masked_lm_correct)
-        result.add("sequence_loss", output.sequence_loss_sum)
-        result.add("sequence_correct", output.sequence_correct)
-    return result
+def training_step(
+    model: nn.Module, optimizers: Optimizers, config: LoopConfig
+) -> TrainingStep | CapturedStep:
+    """What takes the optimiser steps of a run, eager or captured."""
+    device = next(model.parameters()).device
+    dtype = compute_dtype(config.dtype, device)
+    if dtype == torch.float16 and optimizers.loss_scale is None:
+        optimizers.loss_scale = LossScale(device)
+    step = TrainingStep(model, optimizers, dtype, config.clip_norm)
+    return CapturedStep(step) if config.cuda_graph else step
 
 
 def train(
@@ -181,6 +182,7 @@ def train(
     meter: Meter,
     folder: Path,
     evaluate: Callable[[], dict[str, float]] | None = None,
+    run: TrainingStep | CapturedStep | None = None,
 ) -> bool:
     """Train until the budget is spent or somebody interrupts.
 
@@ -193,15 +195,15 @@ def train(
         meter: told of every step.
         folder: of the run; checkpoints go there.
         evaluate: called now and then; its figures go to the meter.
+        run: takes each step; from `training_step`, for runs of several calls. Made here where None.
 
     Returns:
         Whether the run was finished, not interrupted; an interrupted one has been saved.
 
     Raises:
-        InputError: the loss is not finite, or a checkpoint cannot be written.
+        InputError: gradients stay infinite, or a checkpoint cannot be written.
     """
-    device = next(model.parameters()).device
-    dtype = compute_dtype(config.dtype, device)
+    run = run or training_step(model, optimizers, config)
     started = time.monotonic() - state.seconds
     evaluated = saved = state.seconds
     with Interruption() as interruption:
@@ -210,29 +212,21 @@ def train(
             if not window:
                 break
             rng = Rng(config.seed, state.step) if config.dropout else None
-            micro_batches = [batch for batch, _ in window]
-            result = accumulate(
-                model,
-                micro_batches,
-                device=device,
-                dtype=dtype,
-                rng=rng,
-            )
-            if config.clip_norm:
-                nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
             # the middle of the step: no step runs at a rate of 0
             middle = config.budget.progress(state.step + 0.5, state.seconds)
-            optimizers.step(learning_rate_factor(config.schedule, middle, config.warmup))
+            factor = learning_rate_factor(config.schedule, middle, config.warmup)
+            result = run([batch for batch, _ in window], rng, factor)
             state.step += 1
             state.tokens += result.tokens
             state.position = window[-1][1]
             state.seconds = time.monotonic() - started
             meter.step(state, result, optimizers.learning_rate(), config.budget)
             checkpoint_due = state.seconds - saved >= 60.0 * config.checkpoint_minutes
-            if interruption.requested or checkpoint_due:
+            about_to_save = interruption.requested or checkpoint_due
+            if about_to_save:
                 # no checkpoint of steps whose losses nobody has looked at
                 meter.flush(state, optimizers.learning_rate(), config.budget)
-            _refuse_non_finite(meter.last_loss, state)
+            _refuse_non_finite(meter, state, 1 if about_to_save else MOST_SKIPPED)
             if interruption.requested:
                 save_checkpoint(folder, state, model, optimizers)
                 return False
@@ -245,13 +239,19 @@ def train(
                     save_checkpoint(folder, state, model, optimizers)
                 saved = state.seconds = time.monotonic() - started
     meter.flush(state, optimizers.learning_rate(), config.budget)
-    _refuse_non_finite(meter.last_loss, state)
+    _refuse_non_finite(meter, state, 1)
     return True
 
 
-def _refuse_non_finite(loss: float, state: TrainState) -> None:
-    if not math.isfinite(loss):
+def _refuse_non_finite(meter: Meter, state: TrainState, most: int) -> None:
+    """Steps without finite gradients change nothing; `most` of them in a row end the run."""
+    if meter.skipped_in_a_row >= most and not math.isfinite(meter.step_loss):
         raise InputError(
-            f"step {state.step}: the loss is {loss}; lower --learning-rate or raise --warmup. "
-            "Checkpoints written before are untouched"
+            f"step {state.step}: the loss is {meter.step_loss}; lower --learning-rate or raise "
+            "--warmup. Checkpoints written before are untouched"
+        )
+    if meter.skipped_in_a_row >= MOST_SKIPPED:
+        raise InputError(
+            f"step {state.step}: no finite gradients for {meter.skipped_in_a_row} steps; lower "
+            "--learning-rate, or take --dtype bf16 or fp32"
         )

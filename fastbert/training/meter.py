@@ -34,12 +34,16 @@ class Meter:
 
     Attributes:
         last_loss: mean loss of the last record.
+        step_loss: of the last step of the last record.
+        skipped, skipped_in_a_row: steps whose gradients were not finite, so that nothing changed:
+            since the start, and up to the last record's end.
     """
 
     def __init__(self, folder: Path, label: str, stream: IO[str] | None = None) -> None:
         self.folder, self.label = folder, label
         self.stream = stream or sys.stderr
-        self.last_loss = 0.0
+        self.last_loss = self.step_loss = 0.0
+        self.skipped = self.skipped_in_a_row = 0
         _drop_torn_line(folder / METRICS_FILE)
         self._results: list[StepResult] = []
         self._recorded = self._shown = time.monotonic()
@@ -114,7 +118,18 @@ class Meter:
             if sums and count:
                 record[shown] = sum(sums) / count
                 self.last_loss += record[shown] if shown.endswith("loss") else 0.0
+        self._count_skipped(results)
+        if self.skipped:
+            record["skipped_steps"] = self.skipped
         return record
+
+    def _count_skipped(self, results: list[StepResult]) -> None:
+        for result in results:
+            skipped = "skipped" in result.sums and bool(result.sums["skipped"])
+            self.skipped += skipped
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        last = results[-1].sums
+        self.step_loss = sum(float(value) for name, value in last.items() if name.endswith("loss"))
 
     def _write(self, record: dict[str, Any]) -> None:
         path = self.folder / METRICS_FILE
@@ -177,6 +192,7 @@ def _figures(record: dict[str, Any]) -> str:
         ("sequence_loss", "seq loss", "{:.3f}"),
         ("sequence_accuracy", "seq acc", "{:.1%}"),
         ("tokens_per_s", "real tok/s", "{:,.0f}"),
+        ("skipped_steps", "skipped", "{}"),
     ):
         if name in record:
             parts.append(f"{label} {form.format(record[name])}")
@@ -191,6 +207,8 @@ def _brief(record: dict[str, Any]) -> str:
         loss, accuracy = record.get(f"{objective}_loss"), record.get(f"{objective}_accuracy")
         if loss is not None and accuracy is not None:
             parts.append(f"  {label} {loss:.2f} {accuracy:.0%}")
+    if "skipped_steps" in record:
+        parts.append(f"  skipped {record['skipped_steps']}")
     return "".join(parts)
 
 

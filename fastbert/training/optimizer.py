@@ -8,8 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.errors import InputError
+from fastbert.training.loss_scale import LossScale
+from fastbert.training.muon import Muon
 
 OPTIMIZERS = ("adamw", "muon")
+# those whose step never asks the device: a CUDA graph can hold it
+CAPTURABLE = ("adamw", "muon")
+_LOSS_SCALE = "loss_scale"
 # an embedding's rows and a classifier's outputs are no map between hidden states
 _NOT_HIDDEN = ("embeddings.", "next_sentence.", "classifier.")
 
@@ -22,6 +27,9 @@ class Optimizers:
     the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), and the rest by AdamW. Biases and norms
     have no weight decay.
 
+    Learning rates lie beside the parameters, and a step whose gradients are not finite changes
+    nothing: both without asking the device.
+
     Args:
         model: its parameters are covered.
         name: "adamw" or "muon".
@@ -29,6 +37,9 @@ class Optimizers:
         muon_learning_rate: Muon's peak.
         weight_decay: decoupled; of matrices and embeddings.
         beta2: of AdamW.
+
+    Attributes:
+        loss_scale: by which losses were multiplied before their backward pass; None for 1.
 
     Raises:
         InputError: an unknown name.
@@ -58,41 +69,83 @@ class Optimizers:
             {"params": [p for p in by_adamw if p.ndim > 1], "weight_decay": weight_decay},
             {"params": [p for p in by_adamw if p.ndim <= 1], "weight_decay": 0.0},
         ]
+        device = next(model.parameters()).device
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), eps=1e-8, fused=True)
+            torch.optim.AdamW(
+                groups,
+                lr=learning_rate,
+                betas=(0.9, beta2),
+                eps=1e-8,
+                fused=True,
+                capturable=device.type == "cuda",
+            )
         ]
         if by_muon:
-            self.optimizers.append(
-                torch.optim.Muon(
-                    matrices,
-                    lr=muon_learning_rate,
-                    weight_decay=weight_decay,
-                    adjust_lr_fn="match_rms_adamw",
-                )
-            )
+            self.optimizers.append(Muon(matrices, muon_learning_rate, weight_decay))
         self._assert_covered(model)
-        self._peaks = [[g["lr"] for g in o.param_groups] for o in self.optimizers]
+        self.loss_scale: LossScale | None = None
+        self._groups = [group for o in self.optimizers for group in o.param_groups]
+        self._peaks = [group["lr"] for group in self._groups]
+        self._rates = torch.zeros(len(self._peaks), device=device)
+        for group, rate in zip(self._groups, self._rates.unbind(), strict=True):
+            group["lr"] = rate
+        self._factor = 0.0
 
-    def step(self, factor: float) -> None:
-        """One update at `factor` times the peak learning rates; gradients are dropped after it."""
-        for optimizer, peaks in zip(self.optimizers, self._peaks, strict=True):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
+    def step(self, factor: float, clip_norm: float = 0.0) -> Tensor:
+        """`set_rates` and `update`."""
+        self.set_rates(factor)
+        return self.update(clip_norm)
+
+    def set_rates(self, factor: float) -> None:
+        """Take `factor` times the peak learning rates from now on."""
+        self._factor = factor
+        rates = torch.tensor([peak * factor for peak in self._peaks])
+        if self._rates.device.type == "cuda":
+            rates = rates.pin_memory()
+        self._rates.copy_(rates, non_blocking=True)
+
+    def update(self, clip_norm: float = 0.0) -> Tensor:
+        """One update; gradients are dropped after it. Never asks the device.
+
+        Args:
+            clip_norm: norm of all gradients above which they are scaled down; 0 for never.
+
+        Returns:
+            Scalar fp32, 1 where gradients were not finite, so that nothing was changed.
+        """
+        gradients = [p.grad for p in self.names if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)  # type: ignore[arg-type]
+        found_inf = (~norm.isfinite()).to(torch.float32)
+        divisor = None
+        if self.loss_scale is not None:
+            divisor = self.loss_scale.scale.clone()
+            norm = norm / divisor
+        if clip_norm:
+            excess = ((norm + 1e-6) / clip_norm).clamp(min=1.0).to(torch.float32)
+            divisor = excess if divisor is None else divisor * excess
+        for optimizer in self.optimizers:
+            optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+            optimizer.grad_scale = divisor  # type: ignore[attr-defined]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if self.loss_scale is not None:
+            self.loss_scale.update(found_inf)
+        return found_inf
 
     def learning_rate(self) -> float:
         """AdamW's current one."""
-        return float(self.optimizers[0].param_groups[0]["lr"])
+        return float(self._peaks[0] * self._factor)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Moments and counters by parameter, as "parameter/entry"."""
-        return {
+        """Moments and counters by parameter, as "parameter/entry"; the loss scale likewise."""
+        tensors = {
             f"{self.names[parameter]}/{entry}": value
             for optimizer in self.optimizers
             for parameter, entries in optimizer.state.items()
             for entry, value in entries.items()
         }
+        scale = {} if self.loss_scale is None else self.loss_scale.state_tensors()
+        return tensors | {f"{_LOSS_SCALE}/{name}": value for name, value in scale.items()}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state_tensors`.
@@ -104,6 +157,9 @@ class Optimizers:
         for key, value in tensors.items():
             name, _, entry = key.rpartition("/")
             entries.setdefault(name, {})[entry] = value
+        if _LOSS_SCALE in entries:
+            self.loss_scale = LossScale(self._rates.device)
+            self.loss_scale.load_state_tensors(entries.pop(_LOSS_SCALE))
         unknown = entries.keys() - set(self.names.values())
         if unknown:
             raise ValueError(f"{min(unknown)} is no parameter of the model")
@@ -123,6 +179,15 @@ class Optimizers:
         covered = [p for optimizer in self.optimizers for p in _parameters(optimizer)]
         assert len(covered) == len(set(covered)), "a parameter is in two groups"
         assert set(covered) == set(model.parameters()), "a parameter is in no group"
+
+
+def refuse_capture(name: str) -> None:
+    """Raise InputError for an optimiser whose step no CUDA graph can hold."""
+    if name not in CAPTURABLE:
+        raise InputError(
+            f"--cuda-graph: --optimizer {name} asks the device within a step; take one of "
+            f"{', '.join(CAPTURABLE)}"
+        )
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:

@@ -38,7 +38,14 @@ from fastbert.training.evaluation import (
     unigram_loss,
 )
 from fastbert.training.fields import check_fields
-from fastbert.training.loop import LoopConfig, compute_dtype, default_device, describe_path, train
+from fastbert.training.loop import (
+    LoopConfig,
+    compute_dtype,
+    default_device,
+    describe_path,
+    refuse_graph,
+    train,
+)
 from fastbert.training.meter import Meter
 from fastbert.training.optimizer import OPTIMIZERS, Optimizers
 from fastbert.training.schedule import Budget
@@ -100,7 +107,11 @@ class PretrainConfig:
     )
     seed: int = field(default=0, metadata={"help": "of everything random"})
     dtype: str = field(
-        default="auto", metadata={"help": "auto (bf16 where the hardware has it), fp32 or bf16"}
+        default="auto",
+        metadata={"help": "auto (bf16 where the hardware has it), fp32, bf16 or fp16"},
+    )
+    cuda_graph: bool = field(
+        default=False, metadata={"help": "a step's work on the GPU as one captured graph"}
     )
     loader_workers: int = field(
         default=0, metadata={"help": "processes that prepare batches; 0 for a thread"}
@@ -142,6 +153,7 @@ class PretrainConfig:
             dropout=self.dropout > 0.0,
             seed=self.seed,
             dtype=self.dtype,
+            cuda_graph=self.cuda_graph,
             evaluate_minutes=self.evaluate_minutes,
             checkpoint_minutes=self.checkpoint_minutes,
         )
@@ -212,6 +224,8 @@ def pretrain(
         return done
     config.loop()
     config.stream(torch.device("cpu"))
+    if config.cuda_graph:
+        refuse_graph(config.optimizer, default_device())
     tokenizer = Tokenizer.from_pretrained(tokenizer_path)
     config.encoder(tokenizer.vocab_size)
     shards = shards_of(sources, tokenizer, doc_sep=doc_sep, say=say)

@@ -1,0 +1,41 @@
+"""`make gpu-bench`: the training step and every kernel beside their peers, within nine minutes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+from fastbert.bench import gpu_test
+from fastbert.errors import InputError
+
+STEP_S, KERNELS_S = 230.0, 280.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 where both were measured, 1 otherwise."""
+    options = _parser().parse_args(arguments)
+    if not torch.cuda.is_available():
+        raise InputError("gpu-bench: needs a CUDA or HIP device, torch sees none")
+    status = 0
+    printed = []
+    for name, limit_s, words in (
+        ("gpu-step", STEP_S, ["gpu-step"]),
+        ("kernels", KERNELS_S, ["kernels", "--autotune"]),
+    ):
+        command = [sys.executable, "-m", "fastbert.bench", *words, "--results", options.results]
+        # one after the other: each has the card to itself
+        (part,) = gpu_test.run({name: command}, time.monotonic() + limit_s, at_once=1)
+        printed.append(part.stdout.strip())
+        status = status or part.status
+    print("\n".join(printed))
+    return 1 if status else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastbert.bench gpu-bench", description=__doc__)
+    parser.add_argument("--results", default="bench/results", help="folder (%(default)s)")
+    return parser

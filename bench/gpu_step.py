@@ -1,0 +1,370 @@
+"""`gpu-step`: one pre-training step of BERT-base and BERT-large on a GPU, and where its time goes.
+
+Packed batches of varying content, wiki-like lengths, dropout, 15 % masked, bf16; ours eager and as a
+captured CUDA graph, our reference path, and transformers (sdpa, padded, eager and compiled).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastbert.bench import gpu, machine, peers
+from fastbert.bench.kernels import file_name
+from fastbert.bench.timing import interleaved_ms, spread
+from fastbert.bench.train_step import BETAS, CLIP_NORM, EPS, LEARNING_RATE, WEIGHT_DECAY, Case
+from fastbert.config import EncoderConfig
+from fastbert.errors import InputError
+from fastbert.files import atomic_write
+from fastbert.kernels import ops
+from fastbert.kernels.ops import Rng
+from fastbert.models import BertForMaskedLM
+from fastbert.packing import Capacity, Examples, PackedBatch, best_fit
+from fastbert.training.optimizer import Optimizers
+from fastbert.training.step import WARM_STEPS, CapturedStep, TrainingStep
+
+TOKEN_BUDGET = 16384
+BATCHES = 4
+DROPOUT = 0.1
+DTYPE = torch.bfloat16
+# of an H100 (SXM), dense bf16: what the goals are shares of
+PEAK_TFLOP_PER_S = 989.0
+# real tokens a second on an H100: first step and aim
+GOALS = {"base": (776_000, 1_000_000), "large": (228_000, 280_000)}
+# how many times transformers padded, and the best alternative in torch alone that packs
+GOAL_RATIOS = {"transformers": 2.5, "fastbert, reference": 1.3}
+WIKI = Case(sequences=340, mean_length=230.0, sigma=0.8, shortest=16, longest=512)
+# kernels by what they do, the first that matches; in lower case
+KINDS = (
+    ("attention", ("attention", "flash", "fmha", "softmax")),
+    ("matrix products", ("gemm", "nvjet", "cutlass", "wgmma", "cublas", "splitk")),
+    ("norm", ("layer_norm", "layernorm")),
+    ("activation", ("bias_activation", "gelu")),
+    ("head", ("cross_entropy", "masked_lm")),
+    ("embedding", ("embedding", "indexselect", "index_select", "indexing")),
+    ("optimiser", ("adam", "multi_tensor", "foreach", "norm_kernel", "lpnorm")),
+    ("sums", ("column_sum", "reduce")),
+    ("copies and casts", ("copy", "memcpy", "memset", "fill", "cat", "elementwise")),
+)
+
+
+@dataclass
+class Row:
+    """One program's step.
+
+    Attributes:
+        step_ms: median; `lowest_ms`, `highest_ms` of the rounds.
+        real_tokens_per_s: padding and tail do not count.
+        mfu: share of the card's bf16 peak, attention counted as the sum of squared lengths.
+        peak_gib: most memory during a step.
+        failed: why there are no figures.
+    """
+
+    size: str
+    name: str
+    step_ms: float = 0.0
+    lowest_ms: float = 0.0
+    highest_ms: float = 0.0
+    real_tokens_per_s: float = 0.0
+    mfu: float = 0.0
+    peak_gib: float = 0.0
+    failed: str = ""
+
+
+@dataclass
+class Size:
+    """What was measured of one model size."""
+
+    size: str
+    parameters: int
+    fill: float
+    rows: list[Row] = field(default_factory=list)
+    # milliseconds a step of our fastest, by kind and by kernel
+    kinds_ms: dict[str, float] = field(default_factory=dict)
+    kernels_ms: dict[str, float] = field(default_factory=dict)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 where our step was measured for every size, 1 otherwise."""
+    options = _parser().parse_args(arguments)
+    if not torch.cuda.is_available():
+        raise InputError("gpu-step: needs a CUDA or HIP device, torch sees none")
+    name = torch.cuda.get_device_name()
+    deadline = time.monotonic() + options.seconds
+    sizes: list[Size] = []
+    for number, size in enumerate(options.sizes):
+        left = (deadline - time.monotonic()) / (len(options.sizes) - number)
+        sizes.append(measure(size, options.rounds, time.monotonic() + left))
+        if options.results:
+            _write(Path(options.results) / f"steps-{file_name(name)}.json", sizes)
+    print(f"{name}, torch {torch.__version__}, bf16, {TOKEN_BUDGET:,} tokens a step")
+    for found in sizes:
+        print(table(found))
+    return 1 if any(row.failed for s in sizes for row in s.rows if row.name == "fastbert") else 0
+
+
+def measure(size: str, rounds: int, deadline: float) -> Size:
+    """Time every program on the same sequences; those begun after the deadline are left out."""
+    config = EncoderConfig.named(
+        size,
+        vocab_size=WIKI.vocab_size,
+        max_position_embeddings=WIKI.longest,
+        hidden_dropout_prob=DROPOUT,
+        attention_probs_dropout_prob=DROPOUT,
+    )
+    examples = WIKI.examples()
+    batches, chosen = _batches(examples)
+    tokens = sum(batch.num_tokens for batch in batches) / len(batches)
+    operations = np.mean([flops(config, examples, part) for part in chosen])
+    found = Size(size, 0, tokens / TOKEN_BUDGET)
+    programs: dict[str, Callable[[], Iterator[Callable[[], object]]]] = {
+        "fastbert": lambda: _ours(config, batches, found),
+        "fastbert, captured": lambda: _ours(config, batches, found, captured=True),
+        "fastbert, reference": lambda: _ours(config, batches, found, backend="reference"),
+        "transformers": lambda: _theirs(config, examples, chosen),
+        "transformers, compiled": lambda: _theirs(config, examples, chosen, compiled=True),
+    }
+    for name, make in programs.items():
+        row = Row(size, name)
+        found.rows.append(row)
+        if time.monotonic() > deadline and name != "fastbert":
+            row.failed = "the time was up"
+            continue
+        try:
+            _time(row, make(), rounds, tokens, float(operations), found)
+        except Exception as error:  # a program that breaks is told, and costs no other row
+            row.failed = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        torch.cuda.empty_cache()
+        print(f"measured {size}, {name}", flush=True)
+    return found
+
+
+def flops(config: EncoderConfig, examples: Examples, chosen: Sequence[int]) -> float:
+    """Of one training step: three times the forward pass's products, padding not counted."""
+    lengths = examples.lengths[list(chosen)].astype(np.float64)
+    hidden, tokens = config.hidden_size, lengths.sum()
+    linear = 2 * hidden * (4 * hidden + 2 * config.intermediate_size)
+    layers = tokens * linear + 4 * hidden * np.square(lengths).sum()
+    masked = examples.num_masked[list(chosen)].sum()
+    head = masked * 2 * hidden * (hidden + config.vocab_size)
+    return float(3 * (config.num_hidden_layers * layers + head))
+
+
+def table(found: Size) -> str:
+    """Rows with the goals beside, then where the time of our fastest step goes."""
+    goal, aim = GOALS.get(found.size, (0, 0))
+    lines = [
+        f"BERT-{found.size}, {found.parameters / 1e6:.0f} M parameters, batches "
+        f"{found.fill:.1%} full; goal {goal:,} real tokens/s, then {aim:,}",
+        f"{'program':<26} {'ms':>8} {'tokens/s':>10} {'MFU':>6} {'GiB':>6}  ours is faster by",
+    ]
+    ours = [r for r in found.rows if r.name in ("fastbert", "fastbert, captured") and not r.failed]
+    best = min(ours, key=lambda row: row.step_ms, default=None)
+    for row in found.rows:
+        if row.failed:
+            lines.append(f"{row.name:<26} {row.failed}")
+            continue
+        ratio = ""
+        if best is not None and row not in ours:
+            # steps of padded batches hold the same sequences
+            ratio = f"{best.real_tokens_per_s / row.real_tokens_per_s:.2f}"
+            wanted = GOAL_RATIOS.get(row.name)
+            ratio += f" (goal {wanted})" if wanted else ""
+        lines.append(
+            f"{row.name:<26} {row.step_ms:>8.2f} {row.real_tokens_per_s:>10,.0f} {row.mfu:>6.1%} "
+            f"{row.peak_gib:>6.1f}  {ratio}"
+        )
+    total = sum(found.kinds_ms.values()) or 1.0
+    lines += [
+        f"  {kind:<24} {ms:>8.2f} ms {ms / total:>6.1%}" for kind, ms in found.kinds_ms.items()
+    ]
+    lines += [f"    {ms:>8.3f} ms  {name[:80]}" for name, ms in found.kernels_ms.items()]
+    return "\n".join(lines)
+
+
+def kind_of(kernel: str) -> str:
+    """What a kernel does, by its name."""
+    lower = kernel.lower()
+    return next((kind for kind, parts in KINDS if any(p in lower for p in parts)), "other")
+
+
+def _batches(examples: Examples) -> tuple[list[PackedBatch], list[list[int]]]:
+    slots = TOKEN_BUDGET // 16
+    dealt = best_fit(examples.lengths, TOKEN_BUDGET, slots)[:BATCHES]
+    masked = int(TOKEN_BUDGET * WIKI.mask_probability) + slots
+    batches = []
+    for chosen in dealt:
+        batch = examples.batch(chosen, Capacity(TOKEN_BUDGET, slots, masked))
+        batch.max_seqlen = WIKI.longest
+        batches.append(batch)
+    return batches, dealt
+
+
+def _ours(
+    config: EncoderConfig,
+    batches: list[PackedBatch],
+    found: Size,
+    *,
+    captured: bool = False,
+    backend: str = "triton",
+) -> Iterator[Callable[[], object]]:
+    model = BertForMaskedLM.from_config(config).to("cuda").train()
+    found.parameters = sum(p.numel() for p in model.parameters())
+    optimizers = Optimizers(
+        model, "adamw", learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, beta2=BETAS[1]
+    )
+    eager = TrainingStep(model, optimizers, DTYPE, CLIP_NORM)
+    step = CapturedStep(eager) if captured else eager
+    numbers = itertools.count()
+    for batch in itertools.cycle(batches):
+
+        def take(batch: PackedBatch = batch) -> object:
+            with ops.use_backend(backend):
+                # a batch object of its own, so that its layout is worked out as for a fresh batch
+                return step([dataclasses.replace(batch)], Rng(1, next(numbers)), 1.0)
+
+        yield take
+
+
+def _theirs(
+    config: EncoderConfig,
+    examples: Examples,
+    chosen: list[list[int]],
+    *,
+    compiled: bool = False,
+) -> Iterator[Callable[[], object]]:
+    package = peers.transformers()
+    model = package.BertForMaskedLM(
+        package.BertConfig(
+            **{
+                name: getattr(config, name)
+                for name in (
+                    "vocab_size",
+                    "hidden_size",
+                    "num_hidden_layers",
+                    "num_attention_heads",
+                    "intermediate_size",
+                    "max_position_embeddings",
+                    "hidden_dropout_prob",
+                    "attention_probs_dropout_prob",
+                )
+            },
+            attn_implementation="sdpa",
+        )
+    )
+    model = model.to("cuda").train()
+    called: nn.Module = torch.compile(model, dynamic=True) if compiled else model
+    groups = peers.parameter_groups(model, WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPS, fused=True)
+    padded = [peers.padded(_part(examples, part), torch.device("cuda")) for part in chosen]
+    for batch in itertools.cycle(padded):
+
+        def take(batch: dict[str, Any] = batch) -> object:
+            with torch.autocast("cuda", DTYPE):
+                loss = called(**batch).loss
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return loss
+
+        yield take
+
+
+def _part(examples: Examples, chosen: list[int]) -> Examples:
+    batch = examples.batch(chosen)
+    assert batch.masked_positions is not None and batch.labels is not None
+    return Examples(
+        batch.input_ids.numpy(),
+        batch.token_type_ids.numpy(),
+        batch.cu_seqlens.numpy().astype(np.int64),
+        batch.masked_positions.numpy(),
+        batch.labels.numpy(),
+    )
+
+
+def _time(
+    row: Row,
+    steps: Iterator[Callable[[], object]],
+    rounds: int,
+    tokens: float,
+    operations: float,
+    found: Size,
+) -> None:
+    # compilation, capture and every shape once
+    for take in itertools.islice(steps, max(WARM_STEPS + 1, BATCHES)):
+        take()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+
+    def every() -> None:
+        for take in itertools.islice(steps, BATCHES):
+            take()
+
+    taken = interleaved_ms(
+        {row.name: every}, repeats=rounds, warm_up=1, synchronise=torch.cuda.synchronize
+    )
+    times = spread([time_ms / BATCHES for time_ms in taken[row.name]])
+    row.step_ms, row.lowest_ms, row.highest_ms = times.median, times.lowest, times.highest
+    row.real_tokens_per_s = 1000.0 * tokens / times.median
+    row.mfu = operations / times.median / 1e9 / PEAK_TFLOP_PER_S
+    row.peak_gib = torch.cuda.max_memory_allocated() / 2**30
+    if row.name == "fastbert":
+        found.kernels_ms, found.kinds_ms = _breakdown(every)
+
+
+def _breakdown(every: Callable[[], None]) -> tuple[dict[str, float], dict[str, float]]:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        every()
+        torch.cuda.synchronize()
+    kernels: dict[str, float] = {}
+    for event in profile.key_averages():
+        if event.device_type == torch.autograd.DeviceType.CUDA and event.self_device_time_total:
+            # microseconds over all batches
+            kernels[event.key] = event.self_device_time_total / 1000.0 / BATCHES
+    kinds: dict[str, float] = {}
+    for name, ms in kernels.items():
+        kinds[kind_of(name)] = kinds.get(kind_of(name), 0.0) + ms
+    largest = sorted(kernels, key=lambda name: -kernels[name])[:15]
+    by_time = sorted(kinds, key=lambda kind: -kinds[kind])
+    return {name: kernels[name] for name in largest}, {kind: kinds[kind] for kind in by_time}
+
+
+@functools.cache
+def _ceilings() -> gpu.Ceilings:
+    return gpu.ceilings()
+
+
+def _write(path: Path, sizes: list[Size]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entry = {
+        "machine": machine.describe(torch.device("cuda")),
+        "ceilings": asdict(_ceilings()),
+        "case": {**asdict(WIKI), "token_budget": TOKEN_BUDGET, "dropout": DROPOUT},
+        "goals": {"real_tokens_per_s": GOALS, "ratios": GOAL_RATIOS},
+        "sizes": [asdict(size) for size in sizes],
+    }
+    with atomic_write(path) as file:
+        json.dump(entry, file, indent=1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastbert.bench gpu-step", description=__doc__)
+    parser.add_argument("--sizes", nargs="+", default=["base", "large"], choices=list(GOALS))
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=200.0, help="for all (%(default)s)")
+    parser.add_argument("--results", help="folder for one JSON file a device")
+    return parser

@@ -1,0 +1,267 @@
+"""One optimiser step as one function of tensors: eager everywhere, or captured in a CUDA graph.
+
+1. The host sends what the step needs: batches, targets, random state, learning rates.
+2. Forward and backward of each micro-batch, every objective divided by the step's targets.
+3. Unscale, clip, update; gradients that are not finite change nothing.
+
+Parts 2 and 3 never ask the device, so that a graph can hold them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.kernels.ops import Rng
+from fastbert.models import Targets
+from fastbert.packing import PackedBatch
+from fastbert.training.optimizer import Optimizers
+from fastbert.training.result import StepResult
+
+# eager steps before the capture: libraries make their workspaces, optimisers their state
+WARM_STEPS = 3
+# graphs of other shapes keep memory of their own
+MOST_GRAPHS = 4
+
+
+@dataclass
+class Inputs:
+    """What a step reads, where the model is.
+
+    Attributes:
+        batches: one a micro-batch.
+        state: [micro-batches, 3] int64, seed, step and micro-batch of each; None without dropout.
+        targets: [2] fp32, masked and labelled targets of the whole step, at least 1 each.
+    """
+
+    batches: list[PackedBatch]
+    state: Tensor | None
+    targets: Tensor
+
+    @classmethod
+    def send(
+        cls, micro_batches: list[PackedBatch], rng: Rng | None, device: torch.device
+    ) -> Inputs:
+        """Copy to the device without waiting for it."""
+        batches = list(micro_batches)
+        if device.type != "cpu":
+            batches = [batch.to(device, non_blocking=True) for batch in micro_batches]
+        state = None if rng is None else _sent(_state(rng, len(micro_batches)), device)
+        return cls(batches, state, _sent(_targets(micro_batches), device))
+
+    def copy_(self, micro_batches: list[PackedBatch], rng: Rng | None) -> None:
+        """Write another step of the same shapes into this memory, without waiting."""
+        for target, source in zip(self.batches, micro_batches, strict=True):
+            target.copy_(source)
+        if self.state is not None and rng is not None:
+            _write(self.state, _state(rng, len(micro_batches)))
+        _write(self.targets, _targets(micro_batches))
+
+
+class TrainingStep:
+    """Runs optimiser steps eagerly.
+
+    Args:
+        model: of `fastbert.models`, with a head.
+        optimizers: cover the model.
+        dtype: of matrix products.
+        clip_norm: norm of the gradients above which they are scaled down; 0 for never.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizers: Optimizers, dtype: torch.dtype, clip_norm: float
+    ) -> None:
+        self.model, self.optimizers = model, optimizers
+        self.dtype, self.clip_norm = dtype, clip_norm
+        self.device = next(model.parameters()).device
+
+    def __call__(
+        self, micro_batches: list[PackedBatch], rng: Rng | None, factor: float
+    ) -> StepResult:
+        """Train on the micro-batches of one step, at `factor` times the peak learning rates."""
+        self.optimizers.set_rates(factor)
+        sums = self.compute(Inputs.send(micro_batches, rng, self.device), rng)
+        return _result(micro_batches, sums)
+
+    def compute(self, inputs: Inputs, rng: Rng | None) -> dict[str, Tensor]:
+        """The part on the device: gradients and update; sums by name."""
+        loss_scale = self.optimizers.loss_scale
+        scale = None if loss_scale is None else loss_scale.scale
+        sums = backward(self.model, inputs, self.dtype, rng, scale)
+        sums["skipped"] = self.optimizers.update(self.clip_norm)
+        return sums
+
+
+def accumulate(
+    model: nn.Module,
+    micro_batches: list[PackedBatch],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    rng: Rng | None = None,
+) -> StepResult:
+    """Gradients of one optimiser step: k micro-batches give what one batch of them all would.
+
+    Args:
+        model: of `fastbert.models`, with a head.
+        micro_batches: on the host.
+        device: where the model is.
+        dtype: of matrix products.
+        rng: names the step's dropout draws; None for no dropout.
+    """
+    inputs = Inputs.send(micro_batches, rng, device)
+    return _result(micro_batches, backward(model, inputs, dtype, rng))
+
+
+def backward(
+    model: nn.Module,
+    inputs: Inputs,
+    dtype: torch.dtype,
+    rng: Rng | None = None,
+    loss_scale: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """`accumulate` on what is on the device already; gradients are `loss_scale` times as large.
+
+    Returns:
+        Sums over targets by name.
+    """
+    masked, labelled = inputs.targets.unbind()
+    sums: dict[str, Tensor] = {}
+    for number, batch in enumerate(inputs.batches):
+        own = None
+        if rng is not None and inputs.state is not None:
+            own = Rng(rng.seed, rng.step, number, exact=rng.exact, state=inputs.state[number])
+        with autocast(inputs.targets.device, dtype):
+            output = model(batch, rng=own, targets=Targets(masked, labelled))
+        loss = output.loss if loss_scale is None else output.loss * loss_scale
+        loss.backward()
+        for name, value in (
+            ("masked_lm_loss", output.masked_lm_loss_sum),
+            ("masked_lm_correct", output.masked_lm_correct),
+            ("sequence_loss", output.sequence_loss_sum),
+            ("sequence_correct", output.sequence_correct),
+        ):
+            if value is not None:
+                sums[name] = sums[name] + value if name in sums else value
+    return sums
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Mixed precision for bf16 and fp16, nothing for fp32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+class CudaGraph:
+    """Work on the device, recorded once and replayed at the cost of one launch."""
+
+    def __init__(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+
+    def record(self, work: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Record what `work` launches, without doing it; returns the memory of its results."""
+        with torch.cuda.graph(self._graph):
+            return work()
+
+    def replay(self) -> None:
+        """Do it."""
+        self._graph.replay()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def aside() -> Any:
+        """Inside, work goes to a stream of its own, as capture asks of the steps before it."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            yield
+        torch.cuda.current_stream().wait_stream(side)
+
+
+@dataclass
+class _Recorded:
+    graph: CudaGraph
+    inputs: Inputs
+    sums: dict[str, Tensor]
+
+
+class CapturedStep:
+    """A training step whose part on the device is one CUDA graph.
+
+    The first steps, and steps of shapes that came too late for a graph, run eagerly: the same
+    function, the same numbers.
+
+    Args:
+        step: the eager step.
+        graph: records and replays.
+
+    Attributes:
+        replayed, eager: steps so far.
+    """
+
+    def __init__(self, step: TrainingStep, graph: type[CudaGraph] = CudaGraph) -> None:
+        self.step, self._graph = step, graph
+        self._recorded: dict[Any, _Recorded] = {}
+        self.replayed = self.eager = 0
+
+    def __call__(
+        self, micro_batches: list[PackedBatch], rng: Rng | None, factor: float
+    ) -> StepResult:
+        """As TrainingStep."""
+        shapes = tuple(batch.shapes() for batch in micro_batches)
+        recorded = self._recorded.get(shapes)
+        warm = self.eager >= WARM_STEPS
+        if recorded is None and (not warm or len(self._recorded) == MOST_GRAPHS):
+            self.eager += 1
+            with self._graph.aside():
+                return self.step(micro_batches, rng, factor)
+        if recorded is None:
+            recorded = self._recorded[shapes] = self._record(micro_batches, rng)
+        self.step.optimizers.set_rates(factor)
+        recorded.inputs.copy_(micro_batches, rng)
+        recorded.graph.replay()
+        self.replayed += 1
+        # the next replay writes over its results
+        return _result(micro_batches, {name: t.clone() for name, t in recorded.sums.items()})
+
+    def _record(self, micro_batches: list[PackedBatch], rng: Rng | None) -> _Recorded:
+        # memory of its own, on a CPU too
+        inputs = Inputs.send(copy.deepcopy(micro_batches), rng, self.step.device)
+        graph = self._graph()
+        return _Recorded(graph, inputs, graph.record(lambda: self.step.compute(inputs, rng)))
+
+
+def _result(micro_batches: list[PackedBatch], sums: dict[str, Tensor]) -> StepResult:
+    tokens = sum(batch.num_tokens for batch in micro_batches)
+    return StepResult(tokens, Targets.of(*micro_batches), sums)
+
+
+def _state(rng: Rng, micro_batches: int) -> Tensor:
+    cpu = torch.device("cpu")
+    draws = [Rng(rng.seed, rng.step, number) for number in range(micro_batches)]
+    return torch.stack([draw.device_state(cpu) for draw in draws])
+
+
+def _targets(micro_batches: list[PackedBatch]) -> Tensor:
+    targets = Targets.of(*micro_batches)
+    counts = [max(targets.masked, 1), max(targets.labelled, 1)]
+    return torch.tensor(counts, dtype=torch.float32)
+
+
+def _sent(host: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
+
+
+def _write(target: Tensor, host: Tensor) -> None:
+    if target.is_cuda:
+        host = host.pin_memory()
+    target.copy_(host, non_blocking=True)
