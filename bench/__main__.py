@@ -16,6 +16,7 @@ COMMANDS = {
     "validate": ("fastbert.bench.validate", "every kernel against fp64; --compile without a GPU"),
     "kernels": ("fastbert.bench.kernels", "each operator beside its peers, on a GPU"),
     "tune": ("fastbert.bench.tune", "launch configurations for this GPU"),
+    "activations": ("fastbert.bench.activations", "bytes a layer keeps, a token"),
     "gpu-step": ("fastbert.bench.gpu_step", "a training step of base and large, on a GPU"),
     "gpu-bench": ("fastbert.bench.gpu_bench", "gpu-step and kernels, within nine minutes"),
     "gpu-test": ("fastbert.bench.gpu_test", "everything that needs a GPU, in one go"),

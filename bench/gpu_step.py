@@ -1,7 +1,7 @@
 """`gpu-step`: one pre-training step of BERT-base and BERT-large on a GPU, and where its time goes.
 
-Packed batches of varying content, wiki-like lengths, dropout, 15 % masked, bf16; ours eager and as a
-captured CUDA graph, our reference path, and transformers (sdpa, padded, eager and compiled).
+Packed batches of varying content, wiki-like lengths, dropout, 15 % masked, bf16; ours eager and as
+a captured CUDA graph, our reference path, and transformers (sdpa, padded, eager and compiled).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastbert.bench import gpu, machine, peers
 from fastbert.bench.kernels import file_name
@@ -46,6 +46,16 @@ GOALS = {"base": (776_000, 1_000_000), "large": (228_000, 280_000)}
 # how many times transformers padded, and the best alternative in torch alone that packs
 GOAL_RATIOS = {"transformers": 2.5, "fastbert, reference": 1.3}
 WIKI = Case(sequences=340, mean_length=230.0, sigma=0.8, shortest=16, longest=512)
+PEER_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+)
 # kernels by what they do, the first that matches; in lower case
 KINDS = (
     ("attention", ("attention", "flash", "fmha", "softmax")),
@@ -103,52 +113,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise InputError("gpu-step: needs a CUDA or HIP device, torch sees none")
     name = torch.cuda.get_device_name()
     deadline = time.monotonic() + options.seconds
-    sizes: list[Size] = []
-    for number, size in enumerate(options.sizes):
-        left = (deadline - time.monotonic()) / (len(options.sizes) - number)
-        sizes.append(measure(size, options.rounds, time.monotonic() + left))
+    cases = {size: _Case(size) for size in options.sizes}
+    # ours of every size first: what the time runs out for is a peer
+    for program, size in itertools.product(PROGRAMS, cases):
+        measure(cases[size], program, options.rounds, deadline)
         if options.results:
-            _write(Path(options.results) / f"steps-{file_name(name)}.json", sizes)
+            found = [case.found for case in cases.values()]
+            _write(Path(options.results) / f"steps-{file_name(name)}.json", found)
     print(f"{name}, torch {torch.__version__}, bf16, {TOKEN_BUDGET:,} tokens a step")
-    for found in sizes:
-        print(table(found))
-    return 1 if any(row.failed for s in sizes for row in s.rows if row.name == "fastbert") else 0
+    for case in cases.values():
+        print(table(case.found))
+    ours = [row for case in cases.values() for row in case.found.rows if row.name == "fastbert"]
+    return 1 if any(row.failed for row in ours) else 0
 
 
-def measure(size: str, rounds: int, deadline: float) -> Size:
-    """Time every program on the same sequences; those begun after the deadline are left out."""
-    config = EncoderConfig.named(
-        size,
-        vocab_size=WIKI.vocab_size,
-        max_position_embeddings=WIKI.longest,
-        hidden_dropout_prob=DROPOUT,
-        attention_probs_dropout_prob=DROPOUT,
-    )
-    examples = WIKI.examples()
-    batches, chosen = _batches(examples)
-    tokens = sum(batch.num_tokens for batch in batches) / len(batches)
-    operations = np.mean([flops(config, examples, part) for part in chosen])
-    found = Size(size, 0, tokens / TOKEN_BUDGET)
-    programs: dict[str, Callable[[], Iterator[Callable[[], object]]]] = {
-        "fastbert": lambda: _ours(config, batches, found),
-        "fastbert, captured": lambda: _ours(config, batches, found, captured=True),
-        "fastbert, reference": lambda: _ours(config, batches, found, backend="reference"),
-        "transformers": lambda: _theirs(config, examples, chosen),
-        "transformers, compiled": lambda: _theirs(config, examples, chosen, compiled=True),
-    }
-    for name, make in programs.items():
-        row = Row(size, name)
-        found.rows.append(row)
-        if time.monotonic() > deadline and name != "fastbert":
-            row.failed = "the time was up"
-            continue
-        try:
-            _time(row, make(), rounds, tokens, float(operations), found)
-        except Exception as error:  # a program that breaks is told, and costs no other row
-            row.failed = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        torch.cuda.empty_cache()
-        print(f"measured {size}, {name}", flush=True)
-    return found
+class _Case:
+    """A model size, its batches, and what was found."""
+
+    def __init__(self, size: str) -> None:
+        self.config = EncoderConfig.named(
+            size,
+            vocab_size=WIKI.vocab_size,
+            max_position_embeddings=WIKI.longest,
+            hidden_dropout_prob=DROPOUT,
+            attention_probs_dropout_prob=DROPOUT,
+        )
+        self.examples = WIKI.examples()
+        self.batches, self.chosen = _batches(self.examples)
+        self.tokens = sum(batch.num_tokens for batch in self.batches) / len(self.batches)
+        per_batch = [flops(self.config, self.examples, part) for part in self.chosen]
+        self.operations = float(np.mean(per_batch))
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in BertForMaskedLM(self.config).parameters())
+        self.found = Size(size, parameters, self.tokens / TOKEN_BUDGET)
+
+
+def measure(case: _Case, program: str, rounds: int, deadline: float) -> None:
+    """Time one program; one that would be begun after the deadline is left out, ours apart."""
+    row = Row(case.found.size, program)
+    case.found.rows.append(row)
+    if time.monotonic() > deadline and program != "fastbert":
+        row.failed = "the time was up"
+        return
+    try:
+        _time(row, PROGRAMS[program](case), rounds, case)
+    except Exception as error:  # a program that breaks is told, and costs no other row
+        row.failed = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    torch.cuda.empty_cache()
+    print(f"measured {row.size}, {program}", flush=True)
 
 
 def flops(config: EncoderConfig, examples: Examples, chosen: Sequence[int]) -> float:
@@ -213,74 +225,61 @@ def _batches(examples: Examples) -> tuple[list[PackedBatch], list[list[int]]]:
 
 
 def _ours(
-    config: EncoderConfig,
-    batches: list[PackedBatch],
-    found: Size,
-    *,
-    captured: bool = False,
-    backend: str = "triton",
-) -> Iterator[Callable[[], object]]:
-    model = BertForMaskedLM.from_config(config).to("cuda").train()
-    found.parameters = sum(p.numel() for p in model.parameters())
+    case: _Case, *, captured: bool = False, backend: str = "triton"
+) -> Iterator[Callable[[], Tensor]]:
+    # made on the device: drawing the weights of BERT-large on the host takes longer than the rest
+    with torch.device("cuda"):
+        model = BertForMaskedLM(case.config).train()
     optimizers = Optimizers(
         model, "adamw", learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, beta2=BETAS[1]
     )
     eager = TrainingStep(model, optimizers, DTYPE, CLIP_NORM)
     step = CapturedStep(eager) if captured else eager
     numbers = itertools.count()
-    for batch in itertools.cycle(batches):
+    for batch in itertools.cycle(case.batches):
 
-        def take(batch: PackedBatch = batch) -> object:
+        def take(batch: PackedBatch = batch) -> Tensor:
             with ops.use_backend(backend):
                 # a batch object of its own, so that its layout is worked out as for a fresh batch
-                return step([dataclasses.replace(batch)], Rng(1, next(numbers)), 1.0)
+                result = step([dataclasses.replace(batch)], Rng(1, next(numbers)), 1.0)
+            return result.sums["masked_lm_loss"]
 
         yield take
 
 
-def _theirs(
-    config: EncoderConfig,
-    examples: Examples,
-    chosen: list[list[int]],
-    *,
-    compiled: bool = False,
-) -> Iterator[Callable[[], object]]:
+def _theirs(case: _Case, *, compiled: bool = False) -> Iterator[Callable[[], Tensor]]:
     package = peers.transformers()
-    model = package.BertForMaskedLM(
-        package.BertConfig(
-            **{
-                name: getattr(config, name)
-                for name in (
-                    "vocab_size",
-                    "hidden_size",
-                    "num_hidden_layers",
-                    "num_attention_heads",
-                    "intermediate_size",
-                    "max_position_embeddings",
-                    "hidden_dropout_prob",
-                    "attention_probs_dropout_prob",
-                )
-            },
-            attn_implementation="sdpa",
-        )
-    )
-    model = model.to("cuda").train()
-    called: nn.Module = torch.compile(model, dynamic=True) if compiled else model
+    sizes = {name: getattr(case.config, name) for name in PEER_FIELDS}
+    with torch.device("cuda"):
+        model = package.BertForMaskedLM(
+            package.BertConfig(**sizes, attn_implementation="sdpa")
+        ).train()
+    called: Any = torch.compile(model, dynamic=True) if compiled else model
     groups = peers.parameter_groups(model, WEIGHT_DECAY)
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPS, fused=True)
-    padded = [peers.padded(_part(examples, part), torch.device("cuda")) for part in chosen]
+    device = torch.device("cuda")
+    padded = [peers.padded(_part(case.examples, part), device) for part in case.chosen]
     for batch in itertools.cycle(padded):
 
-        def take(batch: dict[str, Any] = batch) -> object:
+        def take(batch: dict[str, Any] = batch) -> Tensor:
             with torch.autocast("cuda", DTYPE):
-                loss = called(**batch).loss
+                loss: Tensor = called(**batch).loss
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            return loss
+            return loss.detach()
 
         yield take
+
+
+PROGRAMS: dict[str, Callable[[_Case], Iterator[Callable[[], Tensor]]]] = {
+    "fastbert": _ours,
+    "fastbert, captured": lambda case: _ours(case, captured=True),
+    "fastbert, reference": lambda case: _ours(case, backend="reference"),
+    "transformers": _theirs,
+    "transformers, compiled": lambda case: _theirs(case, compiled=True),
+}
 
 
 def _part(examples: Examples, chosen: list[int]) -> Examples:
@@ -295,18 +294,12 @@ def _part(examples: Examples, chosen: list[int]) -> Examples:
     )
 
 
-def _time(
-    row: Row,
-    steps: Iterator[Callable[[], object]],
-    rounds: int,
-    tokens: float,
-    operations: float,
-    found: Size,
-) -> None:
+def _time(row: Row, steps: Iterator[Callable[[], Tensor]], rounds: int, case: _Case) -> None:
     # compilation, capture and every shape once
     for take in itertools.islice(steps, max(WARM_STEPS + 1, BATCHES)):
-        take()
-    torch.cuda.synchronize()
+        loss = take()
+    if not loss.isfinite():
+        raise ValueError("the loss is not finite")
     torch.cuda.reset_peak_memory_stats()
 
     def every() -> None:
@@ -318,11 +311,11 @@ def _time(
     )
     times = spread([time_ms / BATCHES for time_ms in taken[row.name]])
     row.step_ms, row.lowest_ms, row.highest_ms = times.median, times.lowest, times.highest
-    row.real_tokens_per_s = 1000.0 * tokens / times.median
-    row.mfu = operations / times.median / 1e9 / PEAK_TFLOP_PER_S
+    row.real_tokens_per_s = 1000.0 * case.tokens / times.median
+    row.mfu = case.operations / times.median / 1e9 / PEAK_TFLOP_PER_S
     row.peak_gib = torch.cuda.max_memory_allocated() / 2**30
     if row.name == "fastbert":
-        found.kernels_ms, found.kinds_ms = _breakdown(every)
+        case.found.kernels_ms, case.found.kinds_ms = _breakdown(every)
 
 
 def _breakdown(every: Callable[[], None]) -> tuple[dict[str, float], dict[str, float]]:

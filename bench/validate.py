@@ -32,7 +32,7 @@ DROPOUT = 0.1
 # operators that have no kernel of their own yet
 WITHOUT_KERNEL = ("attention", "embedding", "linear_cross_entropy")
 
-ROWS = (0, 1, 15, 16, 17, 127, 129, 513, 4096)
+ROWS = (0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 511, 512, 513, 4096)
 # every variant at these sizes, at the others the one that has everything: compilation takes longer
 # than what is compiled
 NORM_WIDTHS, MORE_NORM_WIDTHS = (33, 768), (32, 128, 384, 1000, 1024)

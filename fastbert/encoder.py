@@ -7,6 +7,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastbert.config import EncoderConfig
 from fastbert.kernels import ops
@@ -123,13 +124,19 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Embeddings and layers: packed token ids in, hidden states out."""
+    """Embeddings and layers: packed token ids in, hidden states out.
+
+    Attributes:
+        recompute: keep only the input of each layer for the backward pass, and compute the layer
+            once more there (Chen et al. 2016, arXiv:1604.06174).
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.recompute = False
 
     def forward(
         self, batch: PackedBatch, rng: Rng | None = None, rows: Tensor | None = None
@@ -163,7 +170,14 @@ class Encoder(nn.Module):
         hidden_states = self.embeddings(batch, rng.at(0) if rng else None)
         for number, layer in enumerate(self.layers, start=1):
             last = number == len(self.layers)
-            hidden_states = layer(hidden_states, batch, rng, number, rows if last else None)
+            inputs = (hidden_states, batch, rng, number, rows if last else None)
+            if self.recompute and torch.is_grad_enabled():
+                # dropout is drawn by coordinates: nothing of torch's generators is to be kept
+                hidden_states = checkpoint(
+                    layer, *inputs, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden_states = layer(*inputs)
         return hidden_states
 
     def selected(

@@ -121,8 +121,19 @@ def describe(device: torch.device | str) -> str:
         return f"operators on {probe.device.type}: PyTorch (reference)"
     if probe.is_cuda:
         name = torch.cuda.get_device_name(probe.device)
-        return f"operators on {name} ({architecture(probe.device)}): Triton"
+        arch = architecture(probe.device)
+        return f"operators on {name} ({arch}): Triton; {describe_rows(arch)}"
     return "operators on cpu: Triton's interpreter (slow, for tests)"
+
+
+def describe_rows(arch: str) -> str:
+    """Which rows of the launch table, and of the override file, kernels take there."""
+    rows = {**TABLE, **overrides()}
+    found = sorted(f"{kernel} {dtype} {size}" for kernel, own, dtype, size in rows if own == arch)
+    if not found:
+        return f"no launch is measured on {arch}, all take their defaults (fastbert tune measures)"
+    source = f" ({override_path()})" if overrides() else ""
+    return f"{len(found)} measured launches{source}: {', '.join(found)}; others by default"
 
 
 @functools.cache

@@ -131,7 +131,7 @@ def exact_mask(
     sequence, position = (ids[:, None] for ids in _coordinates(rng, row_count, device))
     groups = -(-column_count // COLUMNS_PER_CALL)
     group = torch.arange(groups, device=device)[None, :].expand(row_count, groups)
-    words = philox((group, position, sequence, torch.zeros_like(group)), subkey(rng))
+    words = philox((group, position, sequence, torch.zeros_like(group)), _key(rng))
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     bits = torch.stack(halves, dim=-1).flatten(1)[:, :column_count]
     return (bits >= keep_threshold(dropout_p)).float() * keep_scale(dropout_p)
@@ -144,7 +144,7 @@ def score_words(
     check_rows("attention", rng, token_count)
     sequence, position = _coordinates(rng, token_count, device)
     head = torch.arange(heads, device=device)[:, None]
-    as_query, as_key, _, _ = philox((head, position, sequence, torch.zeros_like(head)), subkey(rng))
+    as_query, as_key, _, _ = philox((head, position, sequence, torch.zeros_like(head)), _key(rng))
     return as_query, as_key
 
 
@@ -195,12 +195,24 @@ def subkey(rng: Rng) -> tuple[int, int]:
     return int(first), int(second)
 
 
-def philox(counter: Words, key: tuple[int, int], rounds: int = ROUNDS) -> Words:
+def _key(rng: Rng) -> tuple[int, int] | tuple[Tensor, Tensor]:
+    """`subkey`, from the state where there is one: a replayed CUDA graph then draws anew."""
+    if rng.state is None:
+        return subkey(rng)
+    seed, step = rng.state[0], rng.state[1]
+    layer, site, zero = (torch.full_like(step, word) for word in (rng.layer, rng.site, 0))
+    first, second, _, _ = philox((step, layer, site, zero), (seed & _WORD, (seed >> 32) & _WORD))
+    return first, second
+
+
+def philox(
+    counter: Words, key: tuple[int, int] | tuple[Tensor, Tensor], rounds: int = ROUNDS
+) -> Words:
     """Philox-4x32 (Salmon et al. 2011).
 
     Args:
         counter: four int64 tensors that hold 32-bit words; they broadcast.
-        key: two 32-bit words.
+        key: two 32-bit words, numbers or scalar int64 tensors.
         rounds: 10 and 7 have published test vectors.
 
     Returns:
@@ -222,6 +234,8 @@ def _coordinates(rng: Rng, row_count: int, device: torch.device | str) -> tuple[
         position = torch.arange(row_count, device=device)
     if sequence is None:
         sequence = torch.full((row_count,), rng.micro_batch, device=device)
+        if rng.state is not None:
+            sequence = rng.state[2].to(device).expand(row_count)
     return sequence.to(device, torch.int64), position.to(device, torch.int64)
 
 

@@ -93,3 +93,22 @@ def test_snug_capacity_is_the_next_step() -> None:
 def test_sizes_out_of_range_are_refused(arguments, message) -> None:
     with pytest.raises(InputError, match=message):
         EpochStream(examples(9), *arguments)
+
+
+def test_fixed_shapes_are_one_shape_an_epoch_and_the_same_tokens():
+    these = examples(50)
+    fixed, snug = EpochStream(these, 8, fixed_shapes=True), EpochStream(these, 8)
+    shapes = set()
+    for epoch in range(3):
+        ours, plain = (
+            [batch for batch, _ in stream.epoch_batches(Position(epoch))]
+            for stream in (fixed, snug)
+        )
+        assert len({batch.shapes() for batch in ours}) == 1
+        shapes |= {batch.shapes() for batch in ours}
+        for left, right in zip(ours, plain, strict=True):
+            assert left.num_tokens == right.num_tokens
+            rows = slice(left.num_tokens)
+            assert torch.equal(left.input_ids[rows], right.input_ids[rows])
+    # a graph serves the whole run
+    assert len(shapes) <= 2

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+
 import pytest
 import torch
+from tiny import random_corpus, tiny_tokenizer
 
+from fastbert.config import EncoderConfig
+from fastbert.data.objectives import Objective
+from fastbert.data.stream import PretrainingStream, StreamConfig
 from fastbert.kernels import launch, ops
 from fastbert.kernels.philox import Rng
+from fastbert.models import BertForPreTraining
+from fastbert.training.loss_scale import LossScale
+from fastbert.training.optimizer import OPTIMIZERS, Optimizers
+from fastbert.training.step import WARM_STEPS, CapturedStep, TrainingStep
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,3 +88,48 @@ def test_repeats_never_differ():
     for _ in range(REPEATS):
         again = step(tensors, rng)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@contextlib.contextmanager
+def never_waiting():
+    """Inside, whatever makes the host wait for the device raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def trained(name: str, dtype: torch.dtype, *, captured: bool, steps: int) -> dict:
+    """Weights, moments and losses after some steps, of which the later ones may not wait."""
+    tokenizer = tiny_tokenizer()
+    config = EncoderConfig.named(
+        "tiny", vocab_size=tokenizer.vocab_size, max_position_embeddings=64
+    )
+    model = BertForPreTraining.from_config(config).to("cuda")
+    optimizers = Optimizers(model, name, learning_rate=1e-3, muon_learning_rate=2e-3)
+    if dtype == torch.float16:
+        optimizers.loss_scale = LossScale(torch.device("cuda"))
+    eager = TrainingStep(model, optimizers, dtype, clip_norm=1.0)
+    run = CapturedStep(eager) if captured else eager
+    stream = StreamConfig(Objective("sop"), token_budget=512, max_seq_len=64, fixed_shapes=True)
+    batches = PretrainingStream(random_corpus(40), tokenizer, stream)
+    losses = []
+    for number, batch in enumerate(itertools.islice(batches, steps)):
+        with never_waiting() if number > WARM_STEPS else contextlib.nullcontext():
+            result = run([batch], Rng(5, number), (number + 1) / steps)
+        losses.append(result.sums["masked_lm_loss"])
+    if captured:
+        assert run.replayed == steps - WARM_STEPS
+    return {**model.state_dict(), **optimizers.state_tensors(), "losses": torch.stack(losses)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_captured_step_is_the_eager_one_and_neither_waits_for_the_device(name, dtype):
+    steps = WARM_STEPS + 5
+    eager = trained(name, dtype, captured=False, steps=steps)
+    graph = trained(name, dtype, captured=True, steps=steps)
+    assert eager.keys() == graph.keys()
+    for key, value in eager.items():
+        assert torch.equal(value, graph[key]), key

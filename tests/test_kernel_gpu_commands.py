@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -10,9 +11,11 @@ import pytest
 import torch
 from kernel_harness import ON_GPU, runs_kernels
 from pretend_gpu import NAME, pretended_gpu
+from tiny import tiny_config
 
 from fastbert.bench import __main__ as bench
-from fastbert.bench import gpu, gpu_test, kernels, tune
+from fastbert.bench import gpu, gpu_step, gpu_test, kernels, tune
+from fastbert.config import EncoderConfig
 from fastbert.kernels import launch
 
 __all__ = ["pretended_gpu"]
@@ -125,3 +128,60 @@ def test_the_deadline_ends_every_part():
     assert time.monotonic() - start < 20
     assert [part.status for part in parts] == [gpu_test.TIMED_OUT] * 2
     assert parts[0].stdout.startswith("begun") and "time was up" in parts[1].stdout
+
+
+@pytest.fixture
+def small_steps(monkeypatch):
+    monkeypatch.setattr(gpu_step, "TOKEN_BUDGET", 96)
+    monkeypatch.setattr(gpu_step, "BATCHES", 2)
+    small = dataclasses.replace(
+        gpu_step.WIKI, sequences=9, mean_length=16.0, longest=40, vocab_size=300, shortest=5
+    )
+    monkeypatch.setattr(gpu_step, "WIKI", small)
+
+    def tiny(size, **fields):
+        return tiny_config(hidden_size=48, **fields)
+
+    monkeypatch.setattr(gpu_step.EncoderConfig, "named", tiny)
+
+
+@pytest.mark.usefixtures("pretended_gpu", "small_steps")
+def test_gpu_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_step, "_breakdown", lambda every: ({"a_gemm": 1.0}, {"other": 1.0}))
+    status = bench.main(["gpu-step", "--rounds", "2", "--results", str(tmp_path)])
+    entry = json.loads((tmp_path / "steps-a-pretended-gpu.json").read_text())
+    assert [size["size"] for size in entry["sizes"]] == ["base", "large"]
+    rows = {row["name"]: row for row in entry["sizes"][0]["rows"]}
+    assert rows.keys() >= {"fastbert", "fastbert, captured", "transformers"}
+    for name in ("fastbert", "fastbert, reference", "transformers", "transformers, compiled"):
+        assert not rows[name]["failed"] and rows[name]["real_tokens_per_s"] > 0, rows[name]
+    assert status == 0
+    printed = capsys.readouterr().out
+    assert "goal 776,000 real tokens/s, then 1,000,000" in printed and "(goal 2.5)" in printed
+
+
+def test_operations_of_a_step():
+    config = EncoderConfig.named("base", vocab_size=30522)
+    case = dataclasses.replace(gpu_step.WIKI, sequences=3)
+    examples = case.examples()
+    found = gpu_step.flops(config, examples, [0, 1, 2])
+    tokens = examples.lengths.sum()
+    # the linear layers' 14.2 MFLOP a token and layer, and a little for attention and the head
+    least = 3 * 12 * 14.155e6 * tokens
+    assert least < found < 1.3 * least
+
+
+@pytest.mark.parametrize(
+    "kernel, kind",
+    [
+        ("_layer_norm_bwd_kernel", "norm"),
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT", "matrix products"),
+        ("_bias_activation_fwd_kernel", "activation"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimiser"),
+        ("_column_sum_kernel", "sums"),
+        ("void at::native::elementwise_kernel", "copies and casts"),
+        ("something", "other"),
+    ],
+)
+def test_kernels_by_what_they_do(kernel, kind):
+    assert gpu_step.kind_of(kernel) == kind

@@ -64,6 +64,19 @@ def test_use_backend_nests_and_ends_with_an_error():
     assert launch._override == before
 
 
+def test_the_start_of_a_run_names_the_launches_that_were_measured(override_file):
+    assert "no launch is measured on sm_90, all take their defaults" in launch.describe_rows(
+        "sm_90"
+    )
+    row = launch.Measured(launch.Launch(1, 256), "a card")
+    entry = launch.table_entry(("layer_norm_fwd", "sm_90", "bfloat16", 768), row)
+    override_file.write_text(json.dumps({"rows": [entry]}))
+    launch.overrides.cache_clear()
+    said = launch.describe_rows("sm_90")
+    assert said.startswith(f"1 measured launches ({override_file}): layer_norm_fwd bfloat16 768;")
+    assert "no launch is measured" in launch.describe_rows("sm_80")
+
+
 NORM = """if True:
     import torch
     from fastbert.kernels import ops

@@ -127,3 +127,17 @@ def test_row_coordinates_must_fit():
 def test_exact_masks_have_rows_and_columns():
     with pytest.raises(ValueError, match=r"for \[rows, columns\], got \[5\]"):
         keep_mask((5,), 0.1, Rng(seed=1, exact=True), torch.empty(0))
+
+
+@pytest.mark.parametrize("seed", [0, 7, -1, 2**63 + 12345, 2**32])
+def test_the_state_draws_what_the_numbers_draw(seed):
+    rng = Rng(seed, step=3, micro_batch=2, layer=1 << 20, site=5)
+    for own in (rng, rng.rows(None, torch.arange(9, dtype=torch.int32))):
+        assert torch.equal(exact_mask((9, 20), 0.3, own.on("cpu")), exact_mask((9, 20), 0.3, own))
+
+
+def test_the_state_decides_where_the_numbers_are_stale():
+    rng = Rng(seed=1, step=5, micro_batch=1).on("cpu")
+    rng.state.copy_(torch.tensor([1, 6, 0]))
+    fresh = Rng(seed=1, step=6, micro_batch=0)
+    assert torch.equal(exact_mask((9, 20), 0.3, rng), exact_mask((9, 20), 0.3, fresh))

@@ -19,10 +19,20 @@ FILES = sorted(
 
 @pytest.mark.parametrize("file", FILES)
 def test_in_the_interpreter(file):
+    interpreted(f"tests/{file}")
+
+
+@pytest.mark.slow
+def test_a_longer_training_run_in_the_interpreter():
+    interpreted("tests/test_kernel_training.py", "-m", "slow")
+
+
+def interpreted(*words: str) -> None:
+    """Run tests in a process of their own; all must run and pass."""
     pytest.importorskip("triton", reason="triton comes with the test extra, on Linux")
     environment = {name: v for name, v in os.environ.items() if name != "FASTBERT_BACKEND"}
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words],
         cwd=ROOT,
         # an interpreter run takes no notice of a GPU
         env={**environment, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},

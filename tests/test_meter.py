@@ -11,8 +11,8 @@ import torch
 from fastbert.errors import InputError
 from fastbert.models import Targets
 from fastbert.training import meter as module
-from fastbert.training.result import StepResult
 from fastbert.training.meter import METRICS_FILE, Meter, _brief, read_metrics
+from fastbert.training.result import StepResult
 from fastbert.training.schedule import Budget
 from fastbert.training.state import TrainState
 

@@ -7,17 +7,21 @@ import copy
 import pytest
 import torch
 from oracle import SEEDS, ErrorRule
+from safetensors.torch import load_file, save_file
 from simulated_graph import SimulatedGraph
 from tiny import stirred, tiny_config, tiny_examples
 
 from fastbert.errors import InputError
+from fastbert.kernels.ops import Rng
 from fastbert.models import BertForPreTraining
 from fastbert.packing import Capacity
 from fastbert.training import loss_scale, optimizer
+from fastbert.training.finetune import FinetuneConfig
 from fastbert.training.loop import refuse_graph
 from fastbert.training.loss_scale import LossScale
 from fastbert.training.muon import Muon, orthogonalised
 from fastbert.training.optimizer import OPTIMIZERS, Optimizers
+from fastbert.training.pretrain import PretrainConfig, pretrain
 from fastbert.training.step import WARM_STEPS, CapturedStep, TrainingStep
 
 LENGTHS = [17, 9, 30]
@@ -201,7 +205,8 @@ def test_a_captured_step_is_the_eager_one_bit_for_bit(name, dtype, simulated):
     for number in range(WARM_STEPS + 3):
         batches = [batch_of(2 * number), batch_of(2 * number + 1)]
         captured(graph)
-        results = [run.step(batches, None, 0.5 + number / 8) for run in (eager, graph)]
+        rng = Rng(3, number, exact=True)
+        results = [run.step(batches, rng, 0.5 + number / 8) for run in (eager, graph)]
         assert results[0].tokens == results[1].tokens
         assert results[0].targets == results[1].targets
         assert same(results[0].sums, results[1].sums), number
@@ -267,3 +272,46 @@ def test_where_there_is_no_graph_to_be_had(monkeypatch):
     monkeypatch.setattr(optimizer, "CAPTURABLE", ("adamw",))
     with pytest.raises(InputError, match="--cuda-graph: --optimizer muon asks the device"):
         refuse_graph("muon", torch.device("cuda"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
+def test_without_a_gpu_the_flag_is_refused_before_anything_is_read(tmp_path):
+    refused = pytest.raises(InputError, match="--cuda-graph: needs a CUDA or HIP device")
+    out = str(tmp_path / "run")
+    with refused:
+        pretrain(["no.txt"], "nowhere", PretrainConfig(out=out, max_steps=1, cuda_graph=True))
+    with refused:
+        FinetuneConfig("model", "train.tsv", "eval.tsv", out, cuda_graph=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_in_bf16_is_trained_in_fp32(tmp_path):
+    model = Run().model
+    model.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    narrow = {name: value.bfloat16() for name, value in load_file(weights).items()}
+    save_file(narrow, weights)
+    read = BertForPreTraining.from_pretrained(tmp_path)
+    assert {p.dtype for p in read.parameters()} == {torch.float32}
+    optimizers = Optimizers(read, "adamw", learning_rate=1e-4)
+    before = read.encoder.layers[0].qkv.weight.detach().clone()
+    TrainingStep(read, optimizers, torch.bfloat16, 1.0)([batch_of(0)], None, 1.0)
+    moved = read.encoder.layers[0].qkv.weight.detach() - before
+    # steps finer than bf16 tells apart are kept
+    assert (moved != 0).all() and (before.bfloat16() == (before + moved).bfloat16()).any()
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_recomputed_layers_give_the_same_gradients_bit_for_bit(rows):
+    results = []
+    for recompute in (False, True):
+        model = Run().model
+        model.encoder.recompute = recompute
+        batch = batch_of(0)
+        if rows:
+            # few enough for the last layer to compute them alone
+            batch = batch_of(0, capacity=128)
+        output = model(batch, rng=Rng(4, 1))
+        output.loss.backward()
+        results.append({n: p.grad for n, p in model.named_parameters()} | {"loss": output.loss})
+    assert same(*results)

@@ -26,6 +26,7 @@ class EpochStream:
         batch_size: sequences an optimiser step at most.
         accumulation: micro-batches an optimiser step.
         seed: of the order.
+        fixed_shapes: all micro-batches of an epoch have one shape, the tail filled up.
 
     Attributes:
         steps: optimiser steps an epoch.
@@ -35,9 +36,16 @@ class EpochStream:
     """
 
     def __init__(
-        self, examples: Examples, batch_size: int, accumulation: int = 1, seed: int = 0
+        self,
+        examples: Examples,
+        batch_size: int,
+        accumulation: int = 1,
+        seed: int = 0,
+        *,
+        fixed_shapes: bool = False,
     ) -> None:
         self.examples = examples
+        self.fixed_shapes = fixed_shapes
         self.seed = seed
         self.accumulation = accumulation
         self.steps = steps_an_epoch(len(examples), batch_size, accumulation)
@@ -58,9 +66,13 @@ class EpochStream:
             position: epoch and micro-batch that come next; the window is not used.
         """
         dealt = self.deal(position.epoch)
+        lengths = self.examples.lengths
+        fixed = roomy_capacity([lengths[chosen] for chosen in dealt]) if self.fixed_shapes else None
         for number in range(position.batch, len(dealt)):
             chosen = dealt[number]
-            batch = self.examples.batch(chosen, snug_capacity(self.examples.lengths[chosen]))
+            batch = self.examples.batch(chosen, fixed or snug_capacity(lengths[chosen]))
+            if self.fixed_shapes:
+                batch.max_seqlen = int(lengths.max())
             yield batch, Position(position.epoch, 0, number + 1)
 
 
@@ -80,6 +92,14 @@ def steps_an_epoch(examples: int, batch_size: int, accumulation: int = 1) -> int
             f"--accumulation must be at most the {smallest} examples of a step, got {accumulation}"
         )
     return steps
+
+
+def roomy_capacity(dealt: list[np.ndarray]) -> Capacity:
+    """A capacity that all micro-batches of these lengths fit; most epochs of a run get the same."""
+    tokens = max(int(lengths.sum()) for lengths in dealt)
+    # an eighth of the next smaller power of two
+    step = max(1 << max(tokens.bit_length() - 4, 0), TOKEN_STEP)
+    return Capacity(-(-tokens // step) * step, max(map(len, dealt)), 0)
 
 
 def snug_capacity(lengths: np.ndarray) -> Capacity:

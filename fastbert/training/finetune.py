@@ -31,7 +31,9 @@ from fastbert.training.loop import (
     compute_dtype,
     default_device,
     describe_path,
+    refuse_graph,
     train,
+    training_step,
 )
 from fastbert.training.meter import Meter
 from fastbert.training.optimizer import OPTIMIZERS, Optimizers
@@ -98,7 +100,11 @@ class FinetuneConfig:
     )
     seed: int = field(default=0, metadata={"help": "of order, dropout and new weights"})
     dtype: str = field(
-        default="auto", metadata={"help": "auto (bf16 where the hardware has it), fp32 or bf16"}
+        default="auto",
+        metadata={"help": "auto (bf16 where the hardware has it), fp32, bf16 or fp16"},
+    )
+    cuda_graph: bool = field(
+        default=False, metadata={"help": "a step's work on the GPU as one captured graph"}
     )
     evaluate_epochs: int = field(
         default=1, metadata={"help": "epochs between evaluations; 0 for one at the end alone"}
@@ -133,6 +139,8 @@ class FinetuneConfig:
                 f"--optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}"
             )
         compute_dtype(self.dtype, torch.device("cpu"))
+        if self.cuda_graph:
+            refuse_graph(self.optimizer, default_device())
 
     def steps(self, steps_an_epoch: int) -> int:
         """Optimiser steps of the whole run."""
@@ -277,7 +285,11 @@ class _Run:
     def __post_init__(self) -> None:
         config = self.config
         self.stream = EpochStream(
-            self.training, config.batch_size, config.accumulation, config.seed
+            self.training,
+            config.batch_size,
+            config.accumulation,
+            config.seed,
+            fixed_shapes=config.cuda_graph,
         )
         self.total_steps = config.steps(self.stream.steps)
         self.loop = LoopConfig(
@@ -286,6 +298,7 @@ class _Run:
             accumulation=config.accumulation,
             seed=config.seed,
             dtype=config.dtype,
+            cuda_graph=config.cuda_graph,
             checkpoint_minutes=config.checkpoint_minutes,
         )
         self.device = next(self.model.parameters()).device
@@ -302,6 +315,8 @@ class _Run:
         self.state = TrainState()
         if config.resume:
             self.state = load_checkpoint(self.folder, self.model, self.optimizers)
+        # one for all epochs, so that a graph is captured once
+        self.step = training_step(self.model, self.optimizers, self.loop)
         self.resumed_tokens, self.resumed_seconds = self.state.tokens, self.state.seconds
 
     def describe(self) -> str:
@@ -321,7 +336,14 @@ class _Run:
         while True:
             batches = self.stream.epoch_batches(state.position)
             if not train(
-                self.model, self.optimizers, batches, self.loop, state, self.meter, self.folder
+                self.model,
+                self.optimizers,
+                batches,
+                self.loop,
+                state,
+                self.meter,
+                self.folder,
+                run=self.step,
             ):
                 return False
             done = state.step >= self.total_steps

@@ -116,6 +116,9 @@ class PretrainConfig:
     loader_workers: int = field(
         default=0, metadata={"help": "processes that prepare batches; 0 for a thread"}
     )
+    recompute: bool = field(
+        default=False, metadata={"help": "layers twice, for a fraction of the activation memory"}
+    )
     heldout: float = field(default=0.02, metadata={"help": "share of documents to score on"})
     evaluate_minutes: float = field(default=5.0, metadata={"help": "between held-out scores"})
     checkpoint_minutes: float = field(default=5.0, metadata={"help": "between checkpoints"})
@@ -345,6 +348,7 @@ def _pretrain_on(
     model.masked_lm.bias.data.copy_(torch.from_numpy(text.log_probabilities))
     objective = stream_config.objective
     model.loss_weights = (objective.mlm_weight, objective.pair_weight)
+    model.encoder.recompute = config.recompute
     model.to(device)
     optimizers = _optimizers(model, config)
     state = load_checkpoint(folder, model, optimizers) if resume else TrainState()
