@@ -15,6 +15,7 @@ COMMANDS = {
     "loader": ("fastbert.bench.loader", "preparing text, and batches out of shards"),
     "validate": ("fastbert.bench.validate", "every kernel against fp64; --compile without a GPU"),
     "kernels": ("fastbert.bench.kernels", "each operator beside its peers, on a GPU"),
+    "masked-lm": ("fastbert.bench.masked_lm", "the masked-LM loss beside its peers"),
     "tune": ("fastbert.bench.tune", "launch configurations for this GPU"),
     "activations": ("fastbert.bench.activations", "bytes a layer keeps, a token"),
     "gpu-step": ("fastbert.bench.gpu_step", "a training step of base and large, on a GPU"),

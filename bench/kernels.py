@@ -33,6 +33,8 @@ PARITY_ROWS = 1031
 CPU_ROWS = 64
 # no compiled peer is begun later than this, so that `make gpu-bench` ends within nine
 PEERS_LIMIT_S = 160
+# of the embedding
+VOCABULARY, POSITIONS, SEGMENTS = 30522, 512, 2
 STATIC_ARCHITECTURE = "sm_90"
 Inputs = dict[str, Tensor]
 
@@ -121,6 +123,28 @@ def cases() -> Iterator[Case]:
                 backward,
                 (2 + 3 * backward) * ROWS * hidden_size * size,
                 (2 + 4 * backward) * products,
+            )
+
+    yield from _embedding_cases()
+
+
+def _embedding_cases() -> Iterator[Case]:
+    for width in (768, 1024):
+        for backward in (False, True):
+            # forward reads a row of words a token and writes one, positions and segments stay in
+            # the cache; backward reads dy and the rows again, writes the sum's gradient in fp32,
+            # and reads it three times, once a table, each of which is written once
+            rows_bytes = ROWS * width * DTYPE.itemsize
+            tables = (VOCABULARY + POSITIONS + SEGMENTS) * width * 4
+            yield Case(
+                "embedding, dropout" + _direction(backward),
+                (ROWS, width),
+                ("embedding_fwd", "embedding_bwd")[: 1 + backward],
+                _embedded,
+                _embedding_inputs(width),
+                backward,
+                2 * rows_bytes + backward * (2 * rows_bytes + 4 * ROWS * width * 4 + tables),
+                0.0,
             )
 
 
@@ -283,7 +307,7 @@ def _step(case: Case, backend: str, operator: Callable[..., Tensor]) -> Callable
     leaves = _leaves(case, ROWS, DTYPE, torch.device("cuda"))
     with ops.use_backend(backend):
         flowing = _flowing(operator(**leaves))
-    targets = list(leaves.values())
+    targets = [leaf for leaf in leaves.values() if leaf.requires_grad]
 
     def forward() -> Any:
         with ops.use_backend(backend), torch.no_grad():
@@ -298,8 +322,12 @@ def _step(case: Case, backend: str, operator: Callable[..., Tensor]) -> Callable
 
 def _leaves(case: Case, rows: int, dtype: torch.dtype, device: torch.device) -> Inputs:
     torch.manual_seed(0)
-    made = {name: t.to(DTYPE).to(device, dtype) for name, t in case.make(rows).items()}
-    return {name: t.requires_grad_() for name, t in made.items()}
+    made = {name: t.to(device) for name, t in case.make(rows).items()}
+    return {
+        # ids stay as they are
+        name: t.to(DTYPE).to(dtype).requires_grad_() if t.is_floating_point() else t
+        for name, t in made.items()
+    }
 
 
 def _flowing(output: Tensor) -> Tensor:
@@ -334,6 +362,24 @@ def _rng(device: torch.device) -> Rng:
 
 def _dropped_norm(**tensors: Any) -> Tensor:
     return ops.layer_norm(**tensors, dropout_p=0.1, rng=_rng(tensors["x"].device))
+
+
+def _embedding_inputs(width: int) -> Callable[[int], Inputs]:
+    return lambda rows: {
+        # frequent words are very frequent: a cube crowds near zero
+        "input_ids": (torch.rand(rows).pow(3) * VOCABULARY).long(),
+        "position_ids": torch.arange(rows) % POSITIONS,
+        "token_type_ids": torch.arange(rows) % POSITIONS * SEGMENTS // POSITIONS,
+        "word_weight": torch.randn(VOCABULARY, width),
+        "position_weight": torch.randn(POSITIONS, width),
+        "token_type_weight": torch.randn(SEGMENTS, width),
+        "norm_weight": 1 + torch.randn(width) / 8,
+        "norm_bias": torch.randn(width),
+    }
+
+
+def _embedded(**tensors: Any) -> Tensor:
+    return ops.embedding(**tensors, dropout_p=0.1, rng=_rng(tensors["input_ids"].device))
 
 
 def _liger_norm(**tensors: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ from fastbert.kernels.launch import Launch, Measured
 ROWS = 16384
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDTHS = (384, 768, 1024)
+# of the embedding and the masked-LM head; 15 % of a batch's tokens are masked
+VOCABULARY, POSITIONS, SEGMENTS, MASKED = 30522, 512, 2, 2458
 # a smaller gain is noise
 LEAST_GAIN = 0.02
 
@@ -52,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise InputError("tune: needs a CUDA or HIP device, torch sees none")
     widths = options.widths or WIDTHS
     subjects = [s for dtype in DTYPES for w in widths for s in subjects_of(w, dtype, "cuda")]
+    subjects += [s for dtype in DTYPES for s in _cross_entropy_subjects(dtype, "cuda")]
     rows = tune(subjects, gpu.time_ms, torch.cuda.get_device_name())
     print(f"{launch.override_path()}: {write(rows)} rows")
     return 0
@@ -88,7 +91,7 @@ def write(rows: dict[Key, Measured]) -> int:
 def candidates(kernel: str, size: int) -> Iterator[Launch]:
     """Configurations worth a try; the default is among them."""
     yield launch.default(kernel, size)
-    if kernel.startswith("layer_norm"):
+    if kernel.startswith(("layer_norm", "embedding")):
         columns = launch.chunk_columns(size)
         for rows, warps in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8)):
             for programs in (1, 2, 3, 4) if kernel.endswith("bwd") else (1,):
@@ -98,6 +101,19 @@ def candidates(kernel: str, size: int) -> Iterator[Launch]:
         for rows, columns, warps in itertools.product((1, 4, 8, 16), (128, 256, 512, 1024), (4, 8)):
             if columns <= 2 * size and 512 <= rows * columns // warps <= 2048:
                 yield Launch(rows, columns, num_warps=warps, programs_per_processor=4)
+    elif kernel == "cross_entropy":
+        for columns, warps in itertools.product((1024, 2048, 4096, 8192), (4, 8, 16)):
+            if columns // warps >= 128:
+                yield Launch(1, columns, num_warps=warps)
+    elif kernel == "bias_gradient":
+        for rows, columns, warps in itertools.product((16, 32, 64), (64, 128, 256), (4, 8)):
+            yield Launch(rows, columns, num_warps=warps)
+    elif kernel == "run_sums":
+        for rows, columns, warps in itertools.product(
+            (16, 32, 64, 128), (256, 512, 1024), (1, 2, 4)
+        ):
+            if columns <= 2 * size:
+                yield Launch(rows, columns, num_warps=warps)
     elif kernel == "linear_activation":
         for rows, columns, stages in itertools.product((64, 128), (128, 256), (3, 4)):
             yield Launch(rows, columns, 64, 8, stages, programs_per_processor=1)
@@ -116,6 +132,7 @@ def subjects_of(width: int, dtype: torch.dtype, device: str) -> Iterator[Subject
     yield Subject("layer_norm_fwd", width, x, lambda: autograd.layer_norm_fwd(*parts))
     back = (y, None, x, vector, residual, vector, mean, rstd, *NO_DRAW, False, True)
     yield Subject("layer_norm_bwd", width, x, lambda: autograd.layer_norm_bwd(*back, dtype, None))
+    yield from _embedding_subjects(width, dtype, device)
     wide = 4 * width
     weight, bias = normal(wide, width) * width**-0.5, normal(wide)
     pre = x @ weight.t()
@@ -135,6 +152,52 @@ def subjects_of(width: int, dtype: torch.dtype, device: str) -> Iterator[Subject
         # the product by the vendor's library with the pass behind it
         lambda: forward(x @ weight.t(), bias, "gelu", False),
     )
+
+
+def _embedding_subjects(width: int, dtype: torch.dtype, device: str) -> Iterator[Subject]:
+    from fastbert.kernels import embedding, keyed_sum
+
+    tables = [
+        torch.randn(size, width, device=device, dtype=dtype)
+        for size in (VOCABULARY, POSITIONS, SEGMENTS)
+    ]
+    vector = torch.randn(width, device=device)
+    # frequent words are very frequent: a cube crowds near zero
+    words = (torch.rand(ROWS, device=device).pow(3) * VOCABULARY).long()
+    places = torch.arange(ROWS, device=device) % POSITIONS
+    columns = (words, places, places % SEGMENTS, None)
+    forward: Any = (*tables, vector, vector, *columns, *NO_DRAW, 1e-12, dtype, True)
+    y, mean, rstd = embedding.embedding_fwd(*forward)
+    back: Any = (y, *tables, vector, *columns, mean, rstd, *NO_DRAW)
+    yield Subject("embedding_fwd", width, y, lambda: embedding.embedding_fwd(*forward))
+    yield Subject("embedding_bwd", width, y, lambda: embedding.embedding_bwd(*back))
+    if dtype == torch.float32:
+        # the sums are fp32 whatever the tables are
+        keys = words.int()
+        yield Subject("run_sums", width, y, lambda: keyed_sum.sum_by_key(y, keys, VOCABULARY))
+
+
+def _cross_entropy_subjects(dtype: torch.dtype, device: str) -> Iterator[Subject]:
+    from fastbert.kernels import masked_lm
+
+    padded = -(-VOCABULARY // masked_lm.ALIGNMENT) * masked_lm.ALIGNMENT
+    logits = torch.randn(MASKED, padded, device=device, dtype=dtype)
+    labels = torch.arange(MASKED, device=device)
+    losses = torch.empty(MASKED, device=device)
+    correct = torch.empty(MASKED, dtype=torch.int32, device=device)
+    dbias = torch.empty(VOCABULARY, device=device)
+
+    def cross_entropy() -> tuple[Tensor, Tensor]:
+        copy = logits.clone()
+        masked_lm.cross_entropy(copy, labels, losses, correct, VOCABULARY, -100, 0.0, 0.0, True)
+        return copy, losses.clone()
+
+    def bias_gradient() -> Tensor:
+        masked_lm.add_bias_gradient(logits, dbias.zero_())
+        return dbias.clone()
+
+    yield Subject("cross_entropy", VOCABULARY, logits, cross_entropy)
+    yield Subject("bias_gradient", VOCABULARY, logits, bias_gradient)
 
 
 def _best(subject: Subject, timer: Timer) -> tuple[Launch | None, float, float]:

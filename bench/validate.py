@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert.bench import compile_matrix, kernel_cases
+from fastbert.bench import compile_matrix, head_checks, kernel_cases
 from fastbert.bench.parity import Parity
 from fastbert.errors import InputError
 from fastbert.kernels import launch, ops
@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SEEDS = range(5)
 DROPOUT = 0.1
 # operators that have no kernel of their own yet
-WITHOUT_KERNEL = ("attention", "embedding", "linear_cross_entropy")
+WITHOUT_KERNEL = ("attention",)
 
 ROWS = (0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 511, 512, 513, 4096)
 # every variant at these sizes, at the others the one that has everything: compilation takes longer
@@ -84,6 +84,8 @@ def operators() -> list[str]:
 
 def checks(*, small: bool) -> Iterator[Check]:
     """Every operator that has a kernel, over the shape classes; `small` for the interpreter."""
+    for parts in head_checks.checks(small=small):
+        yield Check(*parts)
     if small:
         for shape in SMALL_NORMS:
             yield from _norm_checks(*shape)

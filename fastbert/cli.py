@@ -31,7 +31,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 BENCH = {
     "validate": "every kernel against fp64 on this machine; --compile needs no GPU",
     "tune": "measure launch configurations on this GPU",
-    "bench": "measurements: kernels, train-step, loader",
+    "bench": "measurements: kernels, masked-lm, train-step, loader",
 }
 
 

@@ -51,6 +51,7 @@ class Embeddings(nn.Module):
             self.token_type_embeddings.weight,
             self.norm.weight,
             self.norm.bias,
+            layout=batch.layout,
             eps=self.config.layer_norm_eps,
             dropout_p=self.config.hidden_dropout_prob if rng else 0.0,
             rng=rng,

@@ -6,7 +6,6 @@ several times as much host time a call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,27 +14,12 @@ from torch import Tensor
 
 from fastbert.kernels import feed_forward, launch, layer_norm
 from fastbert.kernels.checks import Draw
-
-if launch.INTERPRETED:
-    from fastbert.kernels import interpreter
-
-    interpreter.repair()
-
-
-class Registered:
-    """A launcher: itself in eager code, its torch.library operator in compiled code."""
-
-    def __init__(self, launcher: Callable[..., Any]) -> None:
-        self.launcher = launcher
-        self.operator = torch.library.custom_op(
-            f"fastbert::{launcher.__name__}", launcher, mutates_args=()
-        )
-
-    def __call__(self, *arguments: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self.operator(*arguments)
-        return self.launcher(*arguments)
-
+from fastbert.kernels.registered import (
+    Registered,
+    refuse_second_derivative,
+    row_contiguous,
+    wants_gradient,
+)
 
 layer_norm_fwd = Registered(layer_norm.layer_norm_fwd)
 layer_norm_bwd = Registered(layer_norm.layer_norm_bwd)
@@ -104,7 +88,7 @@ def normalise(
     wants_total: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output and total (empty where not wanted) of layer_norm, differentiable."""
-    if not _wants_gradient(x, weight, bias, x_bias, residual):
+    if not wants_gradient(x, weight, bias, x_bias, residual):
         arguments = (x, x_bias, residual, weight, bias, *draw, eps, dtype, wants_total, False)
         y, total, _, _ = layer_norm_fwd(*arguments)
         return y, total
@@ -121,7 +105,7 @@ def activated(
     gated: bool,
 ) -> Tensor:
     """feed_forward and gated_feed_forward, differentiable; all but the biases in one dtype."""
-    if not _wants_gradient(x, w1, b1, w2, b2):
+    if not wants_gradient(x, w1, b1, w2, b2):
         _, out = _first_half(x, w1, b1, activation, gated, wants_pre=False)
         return F.linear(out, w2, b2 if b2 is None else b2.to(x.dtype))
     return _FeedForward.apply(x, w1, b1, w2, b2, activation, gated)
@@ -163,7 +147,7 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> Any:
-        _refuse_second_derivative("layer_norm")
+        refuse_second_derivative("layer_norm")
         weight, mean, rstd, state, sequence_ids, positions, x, x_bias, residual = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype, x_bias_dtype, residual_dtype = ctx.dtypes
         if dy is None:
@@ -172,8 +156,8 @@ class _LayerNorm(torch.autograd.Function):
         has_residual = residual_dtype is not None
         separate = has_residual and (state is not None or residual_dtype != x_dtype)
         dx, dresidual, sums = layer_norm_bwd(
-            _row_contiguous(dy),
-            _row_contiguous(dtotal) if ctx.x_is_total and dtotal is not None else None,
+            row_contiguous(dy),
+            row_contiguous(dtotal) if ctx.x_is_total and dtotal is not None else None,
             x,
             x_bias,
             residual,
@@ -225,7 +209,7 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        _refuse_second_derivative("feed_forward")
+        refuse_second_derivative("feed_forward")
         x, w1, b1, w2, pre = ctx.saved_tensors
         activation, gated, b2_dtype = ctx.plan
         needs_x, needs_w1, _, needs_w2, _, _, _ = ctx.needs_input_grad
@@ -253,20 +237,3 @@ def _first_half(
         return linear_activation(x, w1, b1, activation, wants_pre)  # type: ignore[no-any-return]
     pre = F.linear(x, w1)
     return pre, bias_activation_fwd(pre, b1, activation, gated)
-
-
-def _wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _row_contiguous(gradient: Tensor) -> Tensor:
-    # an expanded gradient, as a sum's, has no rows in memory
-    return gradient if gradient.stride(-1) == 1 else gradient.contiguous()
-
-
-def _refuse_second_derivative(operator: str) -> None:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"{operator}: Triton kernels have no second derivative (create_graph=True): "
-            "run the forward pass under fastbert.kernels.ops.use_backend('reference')"
-        )

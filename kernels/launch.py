@@ -27,6 +27,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 ASSUMED_PROCESSORS = 4
 # up to this width layer_norm_bwd holds a row in registers; what is wider it shares out by columns
 HELD_WIDTH = 4096
+ASSUMED_MEMORY_BYTES = 16 << 30
 
 _override: str | None = os.environ.get("FASTBERT_BACKEND") or None
 _assumed_architecture: str | None = None
@@ -192,7 +193,7 @@ def measured(kernel: str, tensor: Tensor, size: int) -> Launch | None:
 
 def default(kernel: str, size: int) -> Launch:
     """A launch that is safe on every architecture: no spills, at most 64 KiB of shared memory."""
-    if kernel == "layer_norm_fwd":
+    if kernel in ("layer_norm_fwd", "embedding_fwd"):
         return _row_launch(size, elements=4096, elements_per_warp=1024)
     if kernel == "layer_norm_bwd" and size > HELD_WIDTH:
         return Launch(rows=1, columns=min(chunk_columns(size), 2048), num_warps=8)
@@ -203,6 +204,11 @@ def default(kernel: str, size: int) -> Launch:
         else:
             chosen = _row_launch(size, elements=1024, elements_per_warp=512)
         return replace(chosen, programs_per_processor=max(1, 12 // chosen.num_warps))
+    if kernel == "embedding_bwd":
+        # three look-ups take more registers than a sum of two; wide rows are many warps' anyway
+        per_warp = 256 if size <= 1024 else 512
+        chosen = _row_launch(size, elements=1024, elements_per_warp=per_warp)
+        return replace(chosen, programs_per_processor=max(1, 12 // chosen.num_warps))
     if kernel == "bias_activation_fwd":
         return Launch(rows=4, columns=_columns(size, 512), num_warps=4)
     if kernel == "bias_activation_bwd":
@@ -211,6 +217,16 @@ def default(kernel: str, size: int) -> Launch:
         return Launch(64, 64, inner=32, num_warps=4, num_stages=3, programs_per_processor=2)
     if kernel == "column_sum":
         return Launch(rows=32, columns=32, num_warps=4)
+    if kernel == "run_sums":
+        return Launch(rows=32, columns=_columns(size, 1024), num_warps=4)
+    if kernel == "join_runs":
+        return Launch(rows=16, columns=_columns(size, 128), num_warps=4)
+    if kernel == "gather_rows":
+        return Launch(rows=4, columns=_columns(size, 1024), num_warps=4)
+    if kernel == "cross_entropy":
+        return Launch(rows=1, columns=_columns(size, 4096), num_warps=8)
+    if kernel == "bias_gradient":
+        return Launch(rows=32, columns=128, num_warps=4)
     raise KeyError(kernel)
 
 
@@ -234,6 +250,29 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return ASSUMED_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def memory_bytes(device: torch.device) -> int:
+    """All memory of the device, used or free."""
+    if device.type != "cuda":
+        return ASSUMED_MEMORY_BYTES
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+@functools.cache
+def adds_wide_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch adds a product of 16-bit matrices to an fp32 one without rounding between."""
+    if device.type != "cuda":
+        return False
+    narrow = torch.zeros(16, 16, dtype=dtype, device=device)
+    total = torch.zeros(16, 16, dtype=torch.float32, device=device)
+    try:
+        torch.addmm(total, narrow, narrow, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        # torch's releases and builds differ in the dtypes they let meet
+        return False
+    return True
 
 
 def architecture(device: torch.device) -> str:

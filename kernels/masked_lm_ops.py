@@ -6,13 +6,21 @@ device: a mean is the caller's, who knows the targets of the whole optimiser ste
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastbert.kernels import launch
 from fastbert.kernels import reference_cross_entropy as reference
-from fastbert.kernels.checks import check_activation, check_shapes, compute_dtype, no_autocast
+from fastbert.kernels.checks import (
+    check_activation,
+    check_kernel_inputs,
+    check_kernel_width,
+    check_shapes,
+    compute_dtype,
+    no_autocast,
+)
 
 
 class CrossEntropy(NamedTuple):
@@ -64,6 +72,14 @@ def linear_cross_entropy(
         ("bias", bias, (vocab_size,)),
     )
     dtype = compute_dtype(hidden)
+    if launch.uses_triton(hidden):
+        check_kernel_inputs(operator, hidden=hidden, weight=weight, bias=bias)
+        with no_autocast(hidden):
+            return CrossEntropy(
+                *_kernels(hidden).summed_loss(
+                    hidden.to(dtype), weight, labels, bias, ignore_index, label_smoothing, z_loss
+                )
+            )
     with no_autocast(hidden):
         return CrossEntropy(
             *reference.linear_cross_entropy(
@@ -131,6 +147,37 @@ def masked_lm_loss(
         ("decoder_bias", decoder_bias, (vocab_size,)),
     )
     dtype = compute_dtype(hidden_states)
+    if launch.uses_triton(hidden_states):
+        check_kernel_width(operator, width)
+        check_kernel_inputs(
+            operator,
+            hidden_states=hidden_states,
+            dense_weight=dense_weight,
+            dense_bias=dense_bias,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            decoder_weight=decoder_weight,
+            decoder_bias=decoder_bias,
+        )
+        with no_autocast(hidden_states):
+            return CrossEntropy(
+                *_kernels(hidden_states).head_loss(
+                    hidden_states.to(dtype),
+                    masked_positions,
+                    labels,
+                    dense_weight.to(dtype),
+                    dense_bias,
+                    norm_weight,
+                    norm_bias,
+                    decoder_weight,
+                    decoder_bias,
+                    activation,
+                    eps,
+                    ignore_index,
+                    label_smoothing,
+                    z_loss,
+                )
+            )
     with no_autocast(hidden_states):
         return CrossEntropy(
             *reference.masked_lm_loss(
@@ -161,3 +208,12 @@ def _check_loss(operator: str, labels: Tensor, label_smoothing: float, z_loss: f
         raise ValueError(f"{operator}: label_smoothing must be in [0, 1], got {label_smoothing}")
     if not 0.0 <= z_loss < float("inf"):
         raise ValueError(f"{operator}: z_loss must be at least 0 and finite, got {z_loss}")
+
+
+def _kernels(tensor: Tensor) -> Any:
+    if not torch.compiler.is_compiling():
+        launch.require_triton(tensor.device.type)
+    # where Triton is missing, and on CPUs, none of this is ever imported
+    from fastbert.kernels import autograd_masked_lm
+
+    return autograd_masked_lm

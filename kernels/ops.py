@@ -24,6 +24,7 @@ from fastbert.kernels.checks import (
     draw,
     no_autocast,
 )
+from fastbert.kernels.embedding_ops import embedding
 from fastbert.kernels.launch import describe, use_backend
 from fastbert.kernels.layout import Layout
 from fastbert.kernels.masked_lm_ops import CrossEntropy, linear_cross_entropy, masked_lm_loss
@@ -79,60 +80,6 @@ def dropout(x: Tensor, dropout_p: float, rng: Rng | None) -> Tensor:
     """
     check_dropout("dropout", dropout_p, rng)
     return reference.dropout(x, dropout_p, rng)
-
-
-def embedding(
-    input_ids: Tensor,
-    position_ids: Tensor,
-    token_type_ids: Tensor,
-    word_weight: Tensor,
-    position_weight: Tensor,
-    token_type_weight: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    *,
-    eps: float = 1e-12,
-    dropout_p: float = 0.0,
-    rng: Rng | None = None,
-) -> Tensor:
-    """Word, position and segment rows, summed, normalised, dropped out (Devlin et al. 2018).
-
-    Args:
-        input_ids, position_ids, token_type_ids: [tokens] integers.
-        word_weight, position_weight, token_type_weight: [rows, hidden_size].
-        norm_weight, norm_bias: [hidden_size].
-        eps: added to the variance.
-        dropout_p: dropout after the norm, in [0, 1).
-        rng: names the dropout draw.
-
-    Returns:
-        [tokens, hidden_size] in the autocast dtype, or else the weights' dtype.
-
-    Raises:
-        ValueError: shapes that do not fit, dropout_p out of range.
-    """
-    check_dropout("embedding", dropout_p, rng)
-    if not input_ids.shape == position_ids.shape == token_type_ids.shape or input_ids.dim() != 1:
-        raise ValueError(
-            "embedding: input_ids, position_ids and token_type_ids must all be [tokens], got "
-            f"{tuple(input_ids.shape)}, {tuple(position_ids.shape)}, {tuple(token_type_ids.shape)}"
-        )
-    dtype = compute_dtype(word_weight)
-    with no_autocast(word_weight):
-        return reference.embedding(
-            input_ids,
-            position_ids,
-            token_type_ids,
-            word_weight,
-            position_weight,
-            token_type_weight,
-            norm_weight,
-            norm_bias,
-            eps=eps,
-            dropout_p=dropout_p,
-            rng=rng,
-            dtype=dtype,
-        )
 
 
 def layer_norm(

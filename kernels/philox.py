@@ -87,6 +87,13 @@ class Rng:
             None if ids is None else ids.index_select(0, rows), positions.to(torch.int32)
         )
 
+    def first(self, count: int | None) -> Rng:
+        """The same draw for the first `count` of its rows."""
+        ids, positions = self.sequence_ids, self.positions
+        return self.rows(
+            None if ids is None else ids[:count], None if positions is None else positions[:count]
+        )
+
     def on(self, device: torch.device | str) -> Rng:
         """The same draw with its state on `device`: once a step spares a copy a call."""
         return replace(self, state=self.device_state(torch.device(device)))
@@ -106,14 +113,23 @@ class Rng:
 
 
 def keep_mask(shape: tuple[int, ...], dropout_p: float, rng: Rng, like: Tensor) -> Tensor:
-    """0 with probability `dropout_p`, else what keeps the mean: `shape`, dtype of `like`."""
+    """0 with probability `dropout_p`, else what keeps the mean: `shape`, dtype of `like`.
+
+    16-bit dtypes know few scales: in them the share that is kept is one over the rounded scale, so
+    that the mean stays right.
+    """
     # a draw on the host and its copy would hold a GPU up
     if rng.exact or (like.is_cuda and like.dim() == 2):
         mask = exact_mask(shape, dropout_p, rng, like.device)
         return mask.to(like.dtype)
+    scale = 1.0 / (1.0 - dropout_p)
+    share = 1.0 - dropout_p
+    if torch.finfo(like.dtype).bits == 16:
+        scale = torch.tensor(scale, dtype=like.dtype).item()
+        share = 1.0 / scale
     mask = torch.empty(shape, dtype=torch.float32)
-    mask.bernoulli_(1.0 - dropout_p, generator=rng.generator())
-    return mask.mul_(1.0 / (1.0 - dropout_p)).to(device=like.device, dtype=like.dtype)
+    mask.bernoulli_(share, generator=rng.generator())
+    return mask.mul_(scale).to(device=like.device, dtype=like.dtype)
 
 
 def exact_mask(

@@ -19,7 +19,9 @@ def dropout(x: Tensor, dropout_p: float, rng: Rng | None) -> Tensor:
     if dropout_p == 0.0:
         return x
     assert rng is not None
-    return x * keep_mask(tuple(x.shape), dropout_p, rng, x)
+    # the scale is none that 16 bits hold: it is applied before the result is rounded
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * keep_mask(tuple(x.shape), dropout_p, rng, wide)).to(x.dtype)
 
 
 def embedding(
@@ -32,17 +34,26 @@ def embedding(
     norm_weight: Tensor,
     norm_bias: Tensor,
     *,
+    num_tokens: int | None,
     eps: float,
     dropout_p: float,
     rng: Rng | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """LayerNorm of the three gathered rows' sum, then dropout."""
+    """LayerNorm of the three gathered rows' sum, then dropout; zeros past `num_tokens` rows."""
+    tail = 0 if num_tokens is None else input_ids.shape[0] - num_tokens
+    if tail:
+        input_ids, position_ids, token_type_ids = (
+            ids[:num_tokens] for ids in (input_ids, position_ids, token_type_ids)
+        )
+        rng = rng and rng.first(num_tokens)
+    # in place: no gradient needs the parts, and on CPUs fresh memory costs more than the sum
     total = F.embedding(input_ids, word_weight)
-    total = total + F.embedding(position_ids, position_weight)
-    total = total + F.embedding(token_type_ids, token_type_weight)
+    total += F.embedding(position_ids, position_weight)
+    total += F.embedding(token_type_ids, token_type_weight)
     normed = F.layer_norm(total, norm_weight.shape, norm_weight, norm_bias, eps)
-    return dropout(normed.to(dtype), dropout_p, rng)
+    output = dropout(normed, dropout_p, rng).to(dtype)
+    return F.pad(output, (0, 0, 0, tail)) if tail else output
 
 
 def layer_norm(

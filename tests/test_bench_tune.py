@@ -89,7 +89,18 @@ def test_a_candidate_that_does_not_run_is_passed_over(override_file, capsys):
 
 
 @pytest.mark.parametrize(
-    "kernel", ["layer_norm_fwd", "layer_norm_bwd", "bias_activation_fwd", "linear_activation"]
+    "kernel",
+    [
+        "layer_norm_fwd",
+        "layer_norm_bwd",
+        "bias_activation_fwd",
+        "linear_activation",
+        "embedding_fwd",
+        "embedding_bwd",
+        "run_sums",
+        "cross_entropy",
+        "bias_gradient",
+    ],
 )
 def test_the_default_is_among_the_candidates(kernel):
     found = list(tune.candidates(kernel, WIDTH))

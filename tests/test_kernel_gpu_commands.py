@@ -14,7 +14,7 @@ from pretend_gpu import NAME, pretended_gpu
 from tiny import tiny_config
 
 from fastbert.bench import __main__ as bench
-from fastbert.bench import gpu, gpu_step, gpu_test, kernels, tune
+from fastbert.bench import gpu, gpu_step, gpu_test, kernels, masked_lm, tune
 from fastbert.config import EncoderConfig
 from fastbert.kernels import launch
 
@@ -33,6 +33,9 @@ def small(monkeypatch):
     monkeypatch.setattr(kernels, "ROWS", 5)
     monkeypatch.setattr(kernels, "PARITY_ROWS", 3)
     monkeypatch.setattr(tune, "ROWS", 3)
+    monkeypatch.setattr(tune, "MASKED", 3)
+    for module in (kernels, tune):
+        monkeypatch.setattr(module, "VOCABULARY", 50)
 
 
 def narrow(case: kernels.Case) -> bool:
@@ -69,6 +72,17 @@ def test_a_peer_that_breaks_costs_no_row(monkeypatch):
     row = kernels.measure(case, gpu.Ceilings(1.0, 1.0))
     assert row.peers_failed == {"compiled": "no compiler"} and "eager" in row.peers_ms
     assert "compiled failed: no compiler" in kernels.table([row])
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+def test_bench_masked_lm(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(masked_lm, "GPU_SHAPES", ((7, 32, 50),))
+    monkeypatch.setattr(masked_lm, "PARITY_ROWS", 3)
+    status = bench.main(["masked-lm", "--repeats", "1", "--results", str(tmp_path)])
+    rows = json.loads((tmp_path / "masked-lm-a-pretended-gpu.json").read_text())["rows"]
+    assert status == 0 and not any(row["refused"] for row in rows), rows
+    assert {row["provider"] for row in rows} >= {"fastbert", "eager", "compiled"}
+    assert "7 x 32 x 50" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("pretended_gpu")
@@ -148,7 +162,9 @@ def small_steps(monkeypatch):
 @pytest.mark.usefixtures("pretended_gpu", "small_steps")
 def test_gpu_step(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_step, "_breakdown", lambda every: ({"a_gemm": 1.0}, {"other": 1.0}))
-    status = bench.main(["gpu-step", "--rounds", "2", "--results", str(tmp_path)])
+    # however slow the machine is
+    words = ["gpu-step", "--rounds", "2", "--seconds", "3600", "--results", str(tmp_path)]
+    status = bench.main(words)
     entry = json.loads((tmp_path / "steps-a-pretended-gpu.json").read_text())
     assert [size["size"] for size in entry["sizes"]] == ["base", "large"]
     rows = {row["name"]: row for row in entry["sizes"][0]["rows"]}
@@ -179,6 +195,9 @@ def test_operations_of_a_step():
         ("_bias_activation_fwd_kernel", "activation"),
         ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimiser"),
         ("_column_sum_kernel", "sums"),
+        ("_cross_entropy_kernel", "head"),
+        ("_gather_rows_kernel", "head"),
+        ("_run_sums_kernel", "embedding"),
         ("void at::native::elementwise_kernel", "copies and casts"),
         ("something", "other"),
     ],

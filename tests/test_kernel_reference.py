@@ -76,7 +76,8 @@ def test_layer_norm_of_a_sum(dropout_p, dtype):
     def theirs(x, weight, bias, x_bias, residual):
         total = x + x_bias
         if dropout_p:
-            total = total * reference.keep_mask((31, 50), dropout_p, rng, total)
+            wide = total.to(torch.promote_types(total.dtype, torch.float32))
+            total = (wide * reference.keep_mask((31, 50), dropout_p, rng, wide)).to(total.dtype)
         return plain_norm(total + residual, weight, bias, 1e-12)
 
     check_operator(ours, theirs, inputs, dtype)
@@ -131,3 +132,35 @@ def test_embedding(tokens, dtype):
         inputs,
         dtype,
     )
+
+
+@pytest.mark.parametrize("real", [0, 5, 9])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_the_tail_of_an_embedding_is_zero_and_may_be_anything(dropout_p, real):
+    ids = [torch.randint(0, 7, (9,)), torch.arange(9) % 3, torch.arange(9) % 2]
+    tables = [torch.randn(size, 36) for size in (7, 3, 2)] + [torch.rand(36), torch.randn(36)]
+    flow = torch.randn(9, 36)
+    rows = torch.arange(9, dtype=torch.int32)
+    rng = Rng(3, exact=True).rows(rows + 1, rows)
+    results = []
+    for count in (real, 9):
+        columns = [column[:count].clone() for column in ids]
+        for column in columns:
+            column[real:] = 10**9
+        upward = flow[:count].clone()
+        upward[real:] = math.nan
+        leaves = [t.clone().requires_grad_() for t in tables]
+        layout = ops.Layout(torch.tensor([0, real, real], dtype=torch.int32), count, 9)
+        own = rng.first(count)
+        y = ops.embedding(*columns, *leaves, layout=layout, dropout_p=dropout_p, rng=own)
+        y.backward(upward)
+        assert (y[real:] == 0).all()
+        results.append([y.detach()[:real], *(t.grad for t in leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_an_embedding_and_a_layout_of_other_sizes():
+    ids, table = torch.zeros(9, dtype=torch.int64), torch.randn(7, 36)
+    layout = ops.Layout(torch.tensor([0, 5], dtype=torch.int32), 8, 8)
+    with pytest.raises(ValueError, match="embedding: layout is for 8 tokens, got 9"):
+        ops.embedding(ids, ids, ids, table, table, table, table[0], table[0], layout=layout)

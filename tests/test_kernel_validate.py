@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 
@@ -8,7 +9,7 @@ import torch
 from kernel_harness import ON_GPU, runs_kernels
 
 from fastbert.bench import __main__ as bench
-from fastbert.bench import validate
+from fastbert.bench import head_checks, validate
 from fastbert.kernels import launch
 
 if ON_GPU or launch.INTERPRETED:
@@ -76,6 +77,47 @@ def test_a_broken_kernel_is_found(
     assert bench.main(["validate"]) == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if " FAIL " in line]
     assert failed and all(operator in line for line in failed)
+
+
+@pytest.fixture
+def one_head(monkeypatch):
+    """The checks of one masked-LM head and one embedding."""
+    parts = [*head_checks.head_checks(5, 40, 30), *head_checks.embedding_checks(11, 40)]
+    monkeypatch.setattr(validate, "checks", lambda small: (validate.Check(*p) for p in parts))
+
+
+@pytest.mark.usefixtures("one_head", "one_dtype")
+def test_heads_and_embeddings_are_well(capsys):
+    assert bench.main(["validate"]) == 0
+    assert capsys.readouterr().out.endswith("5 passed, 0 failed\n")
+
+
+BROKEN_ENDS = [
+    ("autograd_masked_lm", "linear_cross_entropy", 0, "linear_cross_entropy"),
+    ("autograd_masked_lm", "linear_cross_entropy", 3, "masked_lm_loss"),
+    ("autograd_masked_lm", "scatter_rows", None, "masked_lm_loss"),
+    ("autograd_embedding", "embedding_fwd", 0, "embedding"),
+    ("autograd_embedding", "embedding_bwd", 0, "embedding"),
+    ("autograd_embedding", "embedding_bwd", 1, "embedding"),
+]
+
+
+@pytest.mark.usefixtures("one_head", "one_dtype")
+@pytest.mark.parametrize("module, kernel, output, operator", BROKEN_ENDS)
+def test_a_broken_end_is_found(module, kernel, output, operator, monkeypatch, capsys):
+    owner = importlib.import_module(f"fastbert.kernels.{module}")
+    right = getattr(owner, kernel)
+
+    def wrong(*arguments):
+        outputs = right(*arguments)
+        # one element of many is wrong
+        (outputs if output is None else outputs[output]).view(-1)[:1] += 1.0
+        return outputs
+
+    monkeypatch.setattr(owner, kernel, wrong)
+    assert bench.main(["validate"]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if " FAIL " in line]
+    assert any(line.startswith(operator) for line in failed)
 
 
 @pytest.mark.usefixtures("one_shape", "one_dtype")
