@@ -26,7 +26,8 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow gpu-test gpu-bench compile-matrix bench lint format clean clean-all
+.PHONY: help demo test test-slow gpu-test gpu-bench compile-matrix bench support-table lint format \
+	clean clean-all
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -52,6 +53,9 @@ compile-matrix: $(STAMP)-test ## every kernel compiled for every GPU generation;
 
 bench: $(STAMP)-bench ## one optimiser step beside transformers
 	$(VENV_PYTHON) -m fastbert.bench train-step
+
+support-table: $(STAMP)-test ## README's table of families and models, from the tests that pass
+	$(VENV_PYTHON) tests/support_table.py --write
 
 lint: $(STAMP)-test ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -13,6 +13,8 @@ from fastbert.threads import sleep_soon
 COMMANDS = {
     "train-step": ("fastbert.bench.train_step", "one optimiser step beside transformers"),
     "loader": ("fastbert.bench.loader", "preparing text, and batches out of shards"),
+    "parity": ("fastbert.bench.model_parity", "a model folder beside transformers"),
+    "drop-in": ("fastbert.bench.drop_in", "stock transformers beside accelerated, on real text"),
     "validate": ("fastbert.bench.validate", "every kernel against fp64; --compile without a GPU"),
     "kernels": ("fastbert.bench.kernels", "each operator beside its peers, on a GPU"),
     "masked-lm": ("fastbert.bench.masked_lm", "the masked-LM loss beside its peers"),

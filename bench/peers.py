@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert.checkpoint import hugging_face_names
 from fastbert.errors import InputError
+from fastbert.models import Model
 from fastbert.packing import IGNORE_INDEX, Examples
 
 
@@ -63,11 +63,11 @@ def padded(examples: Examples, device: torch.device) -> dict[str, Tensor]:
     return batch
 
 
-def gradients_by_our_names(peer: nn.Module, model: nn.Module) -> dict[str, Tensor]:
+def gradients_by_our_names(peer: nn.Module, model: Model) -> dict[str, Tensor]:
     """The peer's gradients under the names of our model's parameters, fused as ours are."""
     theirs = {name: p.grad for name, p in peer.named_parameters() if p.grad is not None}
     return {
-        name: torch.cat([theirs[part] for part in hugging_face_names(name, "bert.")])
+        name: torch.cat([theirs[part] for part in model.names.theirs(name)])
         for name, _ in model.named_parameters()
     }
 

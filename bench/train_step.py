@@ -32,7 +32,7 @@ from fastbert.config import EncoderConfig
 from fastbert.data.stream import MASKED_STEP, SEQUENCE_STEP
 from fastbert.errors import InputError
 from fastbert.files import atomic_write
-from fastbert.models import BertForMaskedLM
+from fastbert.models import BertForMaskedLM, Model
 from fastbert.packing import Capacity, Examples, PackedBatch
 from fastbert.training.loop import accumulate, autocast, has_fast_bf16
 from fastbert.training.optimizer import Optimizers
@@ -278,7 +278,7 @@ def _parity(
 
 def _peer_tensors(
     peer: nn.Module,
-    model: nn.Module,
+    model: Model,
     padded: dict[str, Tensor],
     precision: contextlib.AbstractContextManager[Any],
 ) -> dict[str, Tensor]:

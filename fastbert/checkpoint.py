@@ -1,11 +1,13 @@
-"""Weights on disk in Hugging Face's layout: safetensors, and the names both sides use."""
+"""Weights on disk in Hugging Face's layout, and the names both sides use for them."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,80 +18,113 @@ from torch import Tensor
 
 from fastbert.config import EncoderConfig
 from fastbert.errors import InputError
+from fastbert.families import head_of
+from fastbert.family import Family, Head
 from fastbert.files import atomic_write
 
 WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+# what others' older folders hold instead
+PICKLED_FILE = "pytorch_model.bin"
+PICKLED_INDEX_FILE = "pytorch_model.bin.index.json"
 
-# ours -> theirs, without the "bert." of models that carry a head; {} is weight or bias
-_EMBEDDINGS = {
-    "embeddings.word_embeddings.weight": "embeddings.word_embeddings.weight",
-    "embeddings.position_embeddings.weight": "embeddings.position_embeddings.weight",
-    "embeddings.token_type_embeddings.weight": "embeddings.token_type_embeddings.weight",
-    "embeddings.norm": "embeddings.LayerNorm",
-}
-_LAYER = {
-    "attention_output": "attention.output.dense",
-    "attention_norm": "attention.output.LayerNorm",
-    "intermediate": "intermediate.dense",
-    "output": "output.dense",
-    "output_norm": "output.LayerNorm",
-}
-_HEADS = {
-    "masked_lm.dense": "cls.predictions.transform.dense",
-    "masked_lm.norm": "cls.predictions.transform.LayerNorm",
-    "masked_lm.bias": "cls.predictions.bias",
-    "next_sentence": "cls.seq_relationship",
-    "classifier.dense": "classifier",
-}
-_LAYER_NUMBER = re.compile(r"encoder\.layer\.(\d+)\.")
-_QKV = ("query", "key", "value")
+_LAYER_PART = re.compile(r"encoder\.layers\.(\d+)\.(\w+)")
 
 
-def hugging_face_names(name: str, prefix: str) -> list[str]:
-    """The tensors that one parameter of ours is stored as.
+@dataclass(frozen=True)
+class NameMap:
+    """Our names and theirs for one model of one family.
 
-    Args:
-        name: a parameter of one of `fastbert.models`.
-        prefix: "bert." for models with a head, "" for a bare BertModel.
-
-    Returns:
-        One name, or three (query, key, value) for the fused projection.
+    Attributes:
+        family: of the encoder.
+        head: which of the family's models.
+        inner_group_num: layers within a group that shares weights.
+        has_head: whether their names carry the family's prefix.
     """
-    stem, _, kind = name.rpartition(".")
-    if name.startswith("encoder.embeddings."):
-        inner = name.removeprefix("encoder.")
-        stem = stem.removeprefix("encoder.")
-        return [prefix + (_EMBEDDINGS.get(inner) or f"{_EMBEDDINGS[stem]}.{kind}")]
-    layer = re.fullmatch(r"encoder\.layers\.(\d+)\.(\w+)", stem)
-    if layer:
-        number, part = layer.groups()
-        base = f"{prefix}encoder.layer.{number}."
-        if part == "qkv":
-            return [f"{base}attention.self.{which}.{kind}" for which in _QKV]
-        return [f"{base}{_LAYER[part]}.{kind}"]
-    if stem == "pooler.dense":
-        return [f"{prefix}pooler.dense.{kind}"]
-    return [_HEADS[name] if name in _HEADS else f"{_HEADS[stem]}.{kind}"]
+
+    family: Family
+    head: Head
+    inner_group_num: int
+    has_head: bool
+
+    @classmethod
+    def of(cls, config: EncoderConfig, name: str) -> NameMap:
+        """For our model class `name`.
+
+        Raises:
+            InputError: the family has no such model.
+        """
+        head = head_of(config.model_type, name)
+        return cls(config.family, head, config.inner_group_num, has_head=name != "BertModel")
+
+    def theirs(self, name: str, *, prefixed: bool = True) -> list[str]:
+        """The tensors that one parameter of ours is stored as.
+
+        Args:
+            name: of a parameter of the model.
+            prefixed: with the prefix that their models with a head carry.
+
+        Returns:
+            One name, or several for the fused projection.
+        """
+        base = self.family.base if self.has_head and prefixed else ""
+        if name in self.head.names:
+            return [self.head.names[name].format(base=base)]
+        stem, _, kind = name.rpartition(".")
+        if stem in self.head.names:
+            return [f"{self.head.names[stem].format(base=base)}.{kind}"]
+        layer = _LAYER_PART.fullmatch(stem)
+        if layer:
+            path, part = base + self._layer_path(int(layer[1])), layer[2]
+            if part == "qkv":
+                return [f"{path}{which}.{kind}" for which in self.family.qkv]
+            return [f"{path}{self.family.layer[part]}.{kind}"]
+        if stem in ("encoder.projection", "encoder.final_norm"):
+            whole = stem.removeprefix("encoder.")
+            return [f"{base}{getattr(self.family, whole)}.{kind}"]
+        return [f"{base}{self.family.embeddings[stem.removeprefix('encoder.embeddings.')]}.{kind}"]
+
+    def canonical(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Their tensors under the names of `theirs(..., prefixed=False)`: old names made new."""
+        found: dict[str, Any] = {}
+        # names that differ only by an alias must not hide the tensor itself
+        for name in sorted(tensors, key=lambda name: self._modern(name) in self.head.aliases):
+            modern = self._modern(name)
+            found.setdefault(self.head.aliases.get(modern, modern), tensors[name])
+        return found
+
+    def _modern(self, name: str) -> str:
+        name = name.removeprefix(self.family.base)
+        if name.endswith("LayerNorm.gamma"):
+            return name.removesuffix("gamma") + "weight"
+        if name.endswith("LayerNorm.beta"):
+            return name.removesuffix("beta") + "bias"
+        return name
+
+    def _layer_path(self, layer: int) -> str:
+        group, inner = divmod(layer, self.inner_group_num)
+        return self.family.layer_path.format(layer=layer, group=group, inner=inner)
 
 
-def to_hugging_face(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def to_hugging_face(state: Mapping[str, Tensor], names: NameMap) -> dict[str, Tensor]:
     """A model's state under Hugging Face's names, on the CPU; the fused projection is split."""
     result = {}
     for name, tensor in state.items():
-        names = hugging_face_names(name, prefix)
-        parts = tensor.detach().cpu().chunk(len(names))
-        result.update({n: part.contiguous() for n, part in zip(names, parts, strict=True)})
+        theirs = names.theirs(name)
+        parts = tensor.detach().cpu().chunk(len(theirs))
+        result.update({n: part.contiguous() for n, part in zip(theirs, parts, strict=True)})
     return result
 
 
 def from_hugging_face(
-    tensors: dict[str, Tensor], wanted: dict[str, Tensor], where: str
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], names: NameMap, where: str
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Find a model's state among a checkpoint's tensors.
 
     Args:
-        tensors: as read; names with or without "bert.", old names for norms accepted.
+        tensors: as read; names with or without the family's prefix, old names accepted.
         wanted: the model's own state, for names and shapes.
+        names: of the model.
         where: the file, for messages.
 
     Returns:
@@ -99,20 +134,19 @@ def from_hugging_face(
         InputError: a tensor has another shape than the model's, or a masked-LM decoder is not the
             word embedding.
     """
-    found = {_modern(name): tensor for name, tensor in tensors.items()}
+    found = names.canonical(tensors)
     state, missing = {}, []
     for name, like in wanted.items():
-        names = hugging_face_names(name, prefix="")
-        parts = [found[theirs] for theirs in names if theirs in found]
-        if len(parts) < len(names):
+        theirs = names.theirs(name, prefixed=False)
+        parts = [found[part] for part in theirs if part in found]
+        if len(parts) < len(theirs):
             missing.append(name)
             continue
-        expected = [len(like) // len(names), *like.shape[1:]]
-        for theirs, part in zip(names, parts, strict=True):
-            _refuse_shape(where, theirs, list(part.shape), expected)
+        expected = [len(like) // len(theirs), *like.shape[1:]]
+        for part_name, part in zip(theirs, parts, strict=True):
+            _refuse_shape(where, part_name, list(part.shape), expected)
         state[name] = torch.cat(parts).to(torch.float32)
-    if "masked_lm.bias" in wanted:
-        _refuse_untied(found, where)
+    _refuse_untied(found, names, where)
     return state, missing
 
 
@@ -123,36 +157,83 @@ def write_weights(folder: str | os.PathLike[str], tensors: dict[str, Tensor]) ->
         file.write(save(tensors, metadata={"format": "pt"}))
 
 
+def weights_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """The files that hold a folder's weights: one, or several with an index beside them.
+
+    Raises:
+        InputError: none there, or an index that cannot be read or names a file that is not there.
+    """
+    folder = Path(folder)
+    for name, index in ((WEIGHTS_FILE, INDEX_FILE), (PICKLED_FILE, PICKLED_INDEX_FILE)):
+        if (folder / name).is_file():
+            return [folder / name]
+        if (folder / index).is_file():
+            return _shards(folder / index)
+    raise InputError(
+        f"{folder}: no {WEIGHTS_FILE}, {INDEX_FILE} or {PICKLED_FILE}: not a saved model's folder"
+    )
+
+
 def read_weights(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read `model.safetensors`.
+    """Read a folder's weights: safetensors, sharded or not, or an older pytorch_model.bin.
+
+    Raises:
+        InputError: no such file, or one that is damaged or holds more than tensors.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in weights_files(folder):
+        if path.suffix == ".safetensors":
+            with _opened(path) as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        else:
+            tensors |= _unpickled(path)
+    return tensors
+
+
+def stored_shapes(folder: str | os.PathLike[str]) -> dict[str, list[int]]:
+    """Shapes of a folder's tensors; of safetensors, the headers alone are read.
 
     Raises:
         InputError: no such file, or one that is damaged.
     """
-    with _opened(folder) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    shapes: dict[str, list[int]] = {}
+    for path in weights_files(folder):
+        if path.suffix == ".safetensors":
+            with _opened(path) as file:
+                shapes |= {n: list(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
+        else:
+            shapes |= {name: list(tensor.shape) for name, tensor in _unpickled(path).items()}
+    return shapes
 
 
-def refuse_other_sizes(folder: str | os.PathLike[str], config: EncoderConfig) -> None:
-    """Compare config.json with the header of `model.safetensors`, before memory is asked for.
+def refuse_other_sizes(
+    folder: str | os.PathLike[str], config: EncoderConfig, names: NameMap
+) -> None:
+    """Compare config.json with the weights' headers, before memory is asked for.
 
-    Sizes that the header does not tell are left to `from_hugging_face`.
+    Sizes that the headers do not tell are left to `from_hugging_face`.
 
     Raises:
         InputError: a size that the weights do not have; no such file, or one that is damaged.
     """
-    where = Path(folder) / WEIGHTS_FILE
-    with _opened(folder) as file:
-        shapes = {_modern(name): file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    hidden = config.hidden_size
+    where = weights_files(folder)[0]
+    shapes = names.canonical(stored_shapes(folder))
+    width = config.embedding_width
     for name, expected in {
-        "embeddings.word_embeddings.weight": [config.vocab_size, hidden],
-        "embeddings.position_embeddings.weight": [config.max_position_embeddings, hidden],
-        "embeddings.token_type_embeddings.weight": [config.type_vocab_size, hidden],
-        "encoder.layer.0.intermediate.dense.weight": [config.intermediate_size, hidden],
+        "encoder.embeddings.word_embeddings.weight": [config.vocab_size, width],
+        "encoder.embeddings.position_embeddings.weight": [config.max_position_embeddings, width],
+        "encoder.embeddings.token_type_embeddings.weight": [config.type_vocab_size, width],
+        "encoder.layers.0.intermediate.weight": [
+            config.intermediate_size * (2 if names.family.pre_norm else 1),
+            config.hidden_size,
+        ],
     }.items():
-        _refuse_shape(where, name, shapes.get(name, expected), expected)
-    layers = {found[1] for found in map(_LAYER_NUMBER.match, shapes) if found}
+        if name.split(".")[2] in names.family.embeddings or ".layers." in name:
+            theirs = names.theirs(name, prefixed=False)[0]
+            _refuse_shape(where, theirs, shapes.get(theirs, expected), expected)
+    pattern = re.escape(names.family.layer_path).replace(r"\{layer\}", r"(\d+)")
+    matches = [re.match(pattern, name) for name in shapes] if "(" in pattern else []
+    layers = {found[1] for found in matches if found}
     if layers and config.num_hidden_layers > len(layers):
         raise InputError(
             f"{where}: {len(layers)} layers in the file, config.json says "
@@ -160,11 +241,32 @@ def refuse_other_sizes(folder: str | os.PathLike[str], config: EncoderConfig) ->
         )
 
 
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        paths = [index.parent / name for name in names]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{index}: unreadable: {error}") from None
+    for name, path in zip(names, paths, strict=True):
+        # a name with a folder in it could lead anywhere
+        if Path(name).name != name or not path.is_file():
+            raise InputError(f"{index}: names {name!r}, which is not in the folder")
+    return paths
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path}: damaged, or holds more than tensors: {reason}") from None
+    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+        raise InputError(f"{path}: expected tensors by name")
+    return content
+
+
 @contextlib.contextmanager
-def _opened(folder: str | os.PathLike[str]) -> Iterator[Any]:
-    path = Path(folder) / WEIGHTS_FILE
-    if not path.is_file():
-        raise InputError(f"{folder}: no {WEIGHTS_FILE}: not a saved model's folder")
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -186,22 +288,12 @@ def _refuse_shape(where: str | Path, name: str, found: list[int], expected: list
         )
 
 
-def _refuse_untied(found: dict[str, Tensor], where: str) -> None:
-    words = found.get("embeddings.word_embeddings.weight")
-    decoder = found.get("cls.predictions.decoder.weight")
-    if words is not None and decoder is not None and not torch.equal(words, decoder):
-        raise InputError(
-            f"{where}: cls.predictions.decoder.weight differs from the word embedding: "
-            "only decoders tied to it are supported"
-        )
-
-
-def _modern(name: str) -> str:
-    name = name.removeprefix("bert.")
-    if name.endswith("LayerNorm.gamma"):
-        return name.removesuffix("gamma") + "weight"
-    if name.endswith("LayerNorm.beta"):
-        return name.removesuffix("beta") + "bias"
-    if name == "cls.predictions.decoder.bias":
-        return "cls.predictions.bias"
-    return name
+def _refuse_untied(found: dict[str, Tensor], names: NameMap, where: str) -> None:
+    words = found.get(names.theirs("encoder.embeddings.word_embeddings.weight", prefixed=False)[0])
+    for name in names.head.tied:
+        decoder = found.get(name)
+        if words is not None and decoder is not None and not torch.equal(words, decoder):
+            raise InputError(
+                f"{where}: {name} differs from the word embedding: "
+                "only decoders tied to it are supported"
+            )

@@ -30,8 +30,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 # commands of fastbert.bench, which reads their flags itself
 BENCH = {
     "validate": "every kernel against fp64 on this machine; --compile needs no GPU",
+    "parity": "a model folder computed by us and by transformers: differences a dtype",
     "tune": "measure launch configurations on this GPU",
-    "bench": "measurements: kernels, masked-lm, train-step, loader",
+    "bench": "measurements: drop-in, kernels, loader, masked-lm, train-step",
 }
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fastbert.errors import InputError
+from fastbert.families import family_of
+from fastbert.family import Family
 from fastbert.files import atomic_write
 
 # layers, hidden size: the names of google-research/bert (Turc et al. 2019, arXiv:1908.08962)
@@ -23,11 +25,33 @@ SIZES: dict[str, tuple[int, int]] = {
 }
 HEAD_DIM = 64
 ACTIVATIONS = ("gelu", "gelu_new")
+# other names in config.json for the same two functions
+_ACTIVATION_NAMES = {
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "gelu_accurate": "gelu_new",
+}
+# what says nothing about the model, or is written anew
+_NOT_KEPT = {
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "id2label",
+    "label2id",
+    "model_type",
+    "num_labels",
+    "position_embedding_type",
+    "torch_dtype",
+    "transformers_version",
+}
+_REFUSED = ("is_decoder", "is_encoder_decoder", "add_cross_attention", "pruned_heads")
 
 
 @dataclass
 class EncoderConfig:
-    """A BERT encoder's sizes and constants (Devlin et al. 2018, arXiv:1810.04805, section 3).
+    """An encoder's sizes and constants (Devlin et al. 2018, arXiv:1810.04805, section 3).
 
     Raises:
         InputError: a value out of range; the message names the field.
@@ -54,8 +78,21 @@ class EncoderConfig:
     pad_token_id: int = 0
     # class names of a classification head, in the order of its outputs
     labels: list[str] = field(default_factory=list)
+    # the family: bert, or another of fastbert.families
+    model_type: str = "bert"
+    # width of the embeddings; None: hidden_size
+    embedding_size: int | None = None
+    # groups of layers with weights of their own; None: every layer has its own
+    num_hidden_groups: int | None = None
+    # layers within a group
+    inner_group_num: int = 1
+    # fields of config.json that others read, kept for them
+    extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("embedding_size", "num_hidden_groups", "classifier_dropout"):
+            if getattr(self, name) is None:
+                setattr(self, name, self.family.defaults.get(name))
         for name in (
             "vocab_size",
             "hidden_size",
@@ -65,8 +102,13 @@ class EncoderConfig:
             "max_position_embeddings",
             "type_vocab_size",
             "pair_classes",
+            "inner_group_num",
+            "embedding_size",
+            "num_hidden_groups",
         ):
             value = getattr(self, name)
+            if value is None and name in ("embedding_size", "num_hidden_groups"):
+                continue
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"config: {name} must be a positive integer, got {value!r}")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
@@ -82,6 +124,7 @@ class EncoderConfig:
                 f"config: hidden_size must be a multiple of num_attention_heads, "
                 f"got {self.hidden_size} and {self.num_attention_heads}"
             )
+        self.hidden_act = _ACTIVATION_NAMES.get(self.hidden_act, self.hidden_act)
         if self.hidden_act not in ACTIVATIONS:
             raise InputError(
                 f"config: hidden_act must be one of {', '.join(ACTIVATIONS)}, "
@@ -94,11 +137,48 @@ class EncoderConfig:
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def family(self) -> Family:
+        """What sets this encoder's kind apart."""
+        return family_of(self.model_type)
+
+    @property
+    def position_offset(self) -> int:
+        """The position id of a sequence's first token."""
+        return self.pad_token_id + 1 if self.family.positions_after_padding else 0
+
+    @property
+    def max_seqlen(self) -> int:
+        """Tokens that a sequence may have."""
+        return self.max_position_embeddings - self.position_offset
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of the embeddings and of the masked-LM decoder."""
+        return self.hidden_size if self.embedding_size is None else self.embedding_size
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of a classifier; two where nobody named them, as in transformers."""
+        return len(self.labels) or 2
+
+    def dropout(self, name: str | None) -> float:
+        """The dropout probability that a head's data name; 0 for None."""
+        if name is None:
+            return 0.0
+        if name in self.extra or name in self.family.defaults:
+            return float(self.extra.get(name, self.family.defaults.get(name, 0.0)))
+        return float(getattr(self, name))
+
+    @property
     def classifier_dropout_prob(self) -> float:
         """Dropout in front of a task head."""
         if self.classifier_dropout is None:
             return self.hidden_dropout_prob
         return self.classifier_dropout
+
+    def without_labels(self) -> EncoderConfig:
+        """The same for a model whose outputs the labels do not name."""
+        return dataclasses.replace(self, labels=[])
 
     @classmethod
     def named(cls, size: str, **fields: Any) -> EncoderConfig:
@@ -126,12 +206,20 @@ class EncoderConfig:
         Raises:
             InputError: the dictionary describes a model this encoder does not compute.
         """
+        family = family_of(raw.get("model_type", "bert"), where)
         _refuse_unsupported(raw, where)
-        known = {f.name for f in dataclasses.fields(cls)} - {"labels"}
-        values = {name: raw[name] for name in known if name in raw}
-        missing = [name for name in ("vocab_size", "hidden_size") if name not in raw]
+        known = {f.name for f in dataclasses.fields(cls)} - {"labels", "extra", "model_type"}
+        theirs = {name: family.fields.get(name, name) for name in known}
+        values = {name: family.defaults[name] for name in known if name in family.defaults}
+        values |= {name: raw[theirs[name]] for name in known if theirs[name] in raw}
+        missing = [theirs[n] for n in ("vocab_size", "hidden_size") if theirs[n] not in raw]
         if missing:
             raise InputError(f"{where}: no field {' and '.join(missing)}: not an encoder's config")
+        read = {*theirs.values(), *_NOT_KEPT}
+        values["extra"] = {name: raw[name] for name in raw if name not in read}
+        values["model_type"] = family.model_type
+        if values.get("pad_token_id", 0) is None:
+            del values["pad_token_id"]
         labels = raw.get("id2label") or {}
         try:
             values["labels"] = [str(labels[key]) for key in sorted(labels, key=int)]
@@ -157,12 +245,22 @@ class EncoderConfig:
         return cls.from_dict(raw, where=str(path))
 
     def to_dict(self, architecture: str | None = None) -> dict[str, Any]:
-        """The dictionary of a Hugging Face `config.json` with `model_type` bert."""
-        raw = dataclasses.asdict(self)
-        labels = raw.pop("labels")
+        """The dictionary of a Hugging Face `config.json` of this family.
+
+        Args:
+            architecture: transformers' class.
+        """
+        values = dataclasses.asdict(self)
+        labels, extra = values.pop("labels"), values.pop("extra")
         if self.pair_classes == 2:
-            del raw["pair_classes"]
-        raw |= {"model_type": "bert", "position_embedding_type": "absolute", "dtype": "float32"}
+            del values["pair_classes"]
+        # fields of other families
+        if self.embedding_size is None:
+            del values["embedding_size"]
+        if self.num_hidden_groups is None:
+            del values["num_hidden_groups"], values["inner_group_num"]
+        raw = {**extra, **{self.family.fields.get(name, name): values[name] for name in values}}
+        raw |= {"position_embedding_type": "absolute", "dtype": "float32"}
         if architecture is not None:
             raw["architectures"] = [architecture]
         if labels:
@@ -193,12 +291,11 @@ def refuse_foreign_tokenizer(tokenizer_vocab_size: int, config: EncoderConfig, w
 
 
 def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
-    model_type = raw.get("model_type", "bert")
-    if model_type != "bert":
-        raise InputError(f"{where}: model_type must be bert, got {model_type!r}")
     positions = raw.get("position_embedding_type", "absolute")
-    if positions != "absolute":
+    if positions not in ("absolute", None):
         raise InputError(f"{where}: position_embedding_type must be absolute, got {positions!r}")
-    for name in ("is_decoder", "add_cross_attention"):
+    for name in _REFUSED:
         if raw.get(name):
             raise InputError(f"{where}: {name} is set: only encoders are supported")
+    if raw.get("quantization_config"):
+        raise InputError(f"{where}: quantization_config is set: only plain weights are supported")

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from fastbert.config import EncoderConfig
 from fastbert.kernels import ops
 from fastbert.kernels.ops import Rng
+from fastbert.linear import feed_forward, product, project
+from fastbert.norm import Norm
 from fastbert.packing import PackedBatch
 
 # where more of the rows are read, gathering them costs more than it saves
@@ -20,35 +22,37 @@ MOST_SELECTED = 0.5
 _ATTENTION, _ATTENTION_OUTPUT, _OUTPUT = range(3)
 
 
-class Norm(nn.Module):
-    """The weight and bias of one LayerNorm."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.bias = nn.Parameter(torch.zeros(hidden_size))
-
-
 class Embeddings(nn.Module):
     """Word, position and segment embeddings, LayerNorm, dropout."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.norm = Norm(config.hidden_size)
+        width = config.embedding_width
+        self.word_embeddings = nn.Embedding(config.vocab_size, width)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        # a single segment is the segment of every token, whatever the batch says
+        self.has_segments = config.family.has_segments and config.type_vocab_size > 1
+        if config.family.has_segments:
+            self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        else:
+            self.register_buffer("no_segment", torch.zeros(1, width), persistent=False)
+        self.norm = Norm(width)
 
     def forward(self, batch: PackedBatch, rng: Rng | None) -> Tensor:
-        """[tokens, hidden_size]."""
+        """[tokens, embedding width]."""
+        position_ids, token_type_ids = batch.position_ids, batch.token_type_ids
+        if self.config.position_offset:
+            position_ids = position_ids + self.config.position_offset
+        if not self.has_segments:
+            token_type_ids = torch.zeros_like(token_type_ids)
         return ops.embedding(
             batch.input_ids,
-            batch.position_ids,
-            batch.token_type_ids,
+            position_ids,
+            token_type_ids,
             self.word_embeddings.weight,
             self.position_embeddings.weight,
-            self.token_type_embeddings.weight,
+            self.segment_weight,
             self.norm.weight,
             self.norm.bias,
             layout=batch.layout,
@@ -56,6 +60,13 @@ class Embeddings(nn.Module):
             dropout_p=self.config.hidden_dropout_prob if rng else 0.0,
             rng=rng,
         )
+
+    @property
+    def segment_weight(self) -> Tensor:
+        """[segments, embedding width]; zeros in families without segments."""
+        if self.config.family.has_segments:
+            return self.token_type_embeddings.weight
+        return self.no_segment  # type: ignore[return-value]
 
 
 class Layer(nn.Module):
@@ -71,6 +82,11 @@ class Layer(nn.Module):
         self.intermediate = nn.Linear(hidden_size, config.intermediate_size)
         self.output = nn.Linear(config.intermediate_size, hidden_size)
         self.output_norm = Norm(hidden_size)
+        family, hidden_dropout = config.family, config.hidden_dropout_prob
+        self.dropout_ps = (
+            hidden_dropout * family.attention_output_dropout,
+            hidden_dropout * family.output_dropout,
+        )
 
     def forward(
         self,
@@ -82,8 +98,8 @@ class Layer(nn.Module):
     ) -> Tensor:
         """[tokens, hidden_size] -> [tokens, hidden_size], or of these rows alone."""
         config = self.config
-        hidden_dropout = config.hidden_dropout_prob if rng else 0.0
-        projected = F.linear(hidden_states, self.qkv.weight, self.qkv.bias)
+        attention_dropout, output_dropout = self.dropout_ps if rng else (0.0, 0.0)
+        projected = project(self.qkv, hidden_states)
         context = ops.fused_qkv_attention(
             projected.view(-1, 3, config.num_attention_heads, config.head_dim),
             batch.cu_seqlens,
@@ -96,30 +112,28 @@ class Layer(nn.Module):
             context, hidden_states = (t.index_select(0, rows) for t in (context, hidden_states))
             rng = rng.select(rows) if rng else None
         # the biases of both output projections are added by layer_norm
+        output, output_bias = product(self.attention_output, context.flatten(1))
         attended = ops.layer_norm(
-            F.linear(context.flatten(1), self.attention_output.weight),
+            output,
             self.attention_norm.weight,
             self.attention_norm.bias,
-            x_bias=self.attention_output.bias,
+            x_bias=output_bias,
             residual=hidden_states,
             eps=config.layer_norm_eps,
-            dropout_p=hidden_dropout,
+            dropout_p=attention_dropout,
             rng=rng.at(layer, _ATTENTION_OUTPUT) if rng else None,
         )
+        output, output_bias = feed_forward(
+            self.intermediate, self.output, attended, config.hidden_act
+        )
         return ops.layer_norm(
-            ops.feed_forward(
-                attended,
-                self.intermediate.weight,
-                self.intermediate.bias,
-                self.output.weight,
-                activation=config.hidden_act,
-            ),
+            output,
             self.output_norm.weight,
             self.output_norm.bias,
-            x_bias=self.output.bias,
+            x_bias=output_bias,
             residual=attended,
             eps=config.layer_norm_eps,
-            dropout_p=hidden_dropout,
+            dropout_p=output_dropout,
             rng=rng.at(layer, _OUTPUT) if rng else None,
         )
 
@@ -136,7 +150,12 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        # wherever their files hold a projection, even one between equal widths
+        self.projection: nn.Linear | None = None
+        if has_projection(config):
+            self.projection = nn.Linear(config.embedding_width, config.hidden_size)
+        self.order = layer_order(config)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(max(self.order) + 1))
         self.recompute = False
 
     def forward(
@@ -145,7 +164,7 @@ class Encoder(nn.Module):
         """Hidden states of the last layer.
 
         Args:
-            batch: packed sequences, none longer than `max_position_embeddings`.
+            batch: packed sequences, none longer than the configuration's `max_seqlen`.
             rng: names this step's dropout draws; None for no dropout.
             rows: [selected] int64; the last layer's output projection and feed-forward are computed
                 for these tokens alone. None for all.
@@ -156,7 +175,29 @@ class Encoder(nn.Module):
         Raises:
             ValueError: a sequence is longer than the model's positions.
         """
-        limit = self.config.max_position_embeddings
+        rng = self.prepared(batch, rng)
+        hidden_states = self.embeddings(batch, rng.at(0) if rng else None)
+        if self.projection is not None:
+            hidden_states = F.linear(hidden_states, self.projection.weight, self.projection.bias)
+        for number, index in enumerate(self.order, start=1):
+            last = number == len(self.order)
+            inputs = (hidden_states, batch, rng, number, rows if last else None)
+            if self.recompute and torch.is_grad_enabled():
+                # dropout is drawn by coordinates: nothing of torch's generators is to be kept
+                hidden_states = checkpoint(
+                    self.layers[index], *inputs, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden_states = self.layers[index](*inputs)
+        return hidden_states
+
+    def prepared(self, batch: PackedBatch, rng: Rng | None) -> Rng | None:
+        """The draw with this batch's coordinates.
+
+        Raises:
+            ValueError: a sequence is longer than the model's positions.
+        """
+        limit = self.config.max_seqlen
         if batch.max_seqlen > limit:
             raise ValueError(
                 f"encoder: sequences must be at most {limit} tokens "
@@ -168,18 +209,7 @@ class Encoder(nn.Module):
         if rng and batch.sample_ids is not None:
             of_stream = batch.layout.rows()
             rng = rng.rows(of_stream.sample_ids, of_stream.positions)
-        hidden_states = self.embeddings(batch, rng.at(0) if rng else None)
-        for number, layer in enumerate(self.layers, start=1):
-            last = number == len(self.layers)
-            inputs = (hidden_states, batch, rng, number, rows if last else None)
-            if self.recompute and torch.is_grad_enabled():
-                # dropout is drawn by coordinates: nothing of torch's generators is to be kept
-                hidden_states = checkpoint(
-                    layer, *inputs, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                hidden_states = layer(*inputs)
-        return hidden_states
+        return rng
 
     def selected(
         self, batch: PackedBatch, rng: Rng | None, *, masked: bool = False, first: bool = False
@@ -207,6 +237,23 @@ class Encoder(nn.Module):
         # the first tokens come last
         shorter.__dict__["first_tokens"] = place[len(rows) - len(batch.first_tokens) :]
         return self(batch, rng, rows), shorter
+
+
+def has_projection(config: EncoderConfig) -> bool:
+    """Whether a linear layer stands between the embeddings and the layers."""
+    if config.family.projection is None:
+        return False
+    # layers that share weights come from ALBERT, which projects always
+    return config.num_hidden_groups is not None or config.embedding_width != config.hidden_size
+
+
+def layer_order(config: EncoderConfig) -> list[int]:
+    """Which layer's weights each step of the encoder uses (Lan et al. 2019, arXiv:1909.11942)."""
+    depth, inner = config.num_hidden_layers, config.inner_group_num
+    groups = config.num_hidden_groups or depth
+    # their own rounding decides where the depth is no multiple of the groups
+    group_of = [int(step / (depth / groups)) for step in range(depth)]
+    return [group * inner + layer for group in group_of for layer in range(inner)]
 
 
 def initialise(module: nn.Module, config: EncoderConfig, seed: int) -> None:

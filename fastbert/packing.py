@@ -37,8 +37,13 @@ class PackedBatch:
         masked_positions: [masked] int64, rows the masked-LM head looks at.
         labels: [masked] int64, their ids, -100 in unused slots.
         num_masked: targets of the masked-LM objective.
-        sequence_labels: [sequences] int64, one class a sequence, -100 in unused slots.
-        num_labelled: targets among them.
+        sequence_labels: [sequences] int64, one class a sequence, -100 in unused slots; or floating,
+            [sequences] or [sequences, numbers], NaN in unused slots.
+        span_labels: [sequences, 2] int64, where an answer starts and ends (its last token), counted
+            from the sequence's first token; -100 where there is none.
+        num_labelled: targets among the sequences.
+        num_choices: neighbouring sequences that are one question's choices; the label, which of
+            them is right, stands at the first.
     """
 
     input_ids: Tensor
@@ -54,6 +59,8 @@ class PackedBatch:
     num_masked: int = 0
     sequence_labels: Tensor | None = None
     num_labelled: int = 0
+    span_labels: Tensor | None = None
+    num_choices: int = 1
 
     @property
     def capacity(self) -> int:
@@ -69,6 +76,12 @@ class PackedBatch:
     def first_tokens(self) -> Tensor:
         """[sequences] int64, the row of each sequence's first token."""
         return self.cu_seqlens[:-1].long().clamp(max=self.capacity - 1)
+
+    @cached_property
+    def sequence_of_token(self) -> Tensor:
+        """[tokens] int64, the sequence of each row; the number of slots in tail rows."""
+        rows = torch.arange(self.capacity, device=self.cu_seqlens.device, dtype=torch.int32)
+        return torch.searchsorted(self.cu_seqlens[1:].contiguous(), rows, right=True)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """The same batch with its tensors on `device`, the layout among them."""
@@ -133,7 +146,10 @@ class Examples:
         cu_seqlens: [sequences + 1] int64.
         masked_positions: [masked] int64 into the stream, ascending; None without the objective.
         labels: [masked] int64.
-        sequence_labels: [sequences] int64; None without the objective.
+        sequence_labels: [sequences] int64, or floating [sequences] or [sequences, numbers]; None
+            without the objective.
+        span_labels: [sequences, 2] int64; None without the objective.
+        num_choices: sequences a question, when choices are to be told apart.
         sample_ids: [sequences] int64, the global sample index of each; None where nobody counts.
     """
 
@@ -143,6 +159,8 @@ class Examples:
     masked_positions: np.ndarray | None = None
     labels: np.ndarray | None = None
     sequence_labels: np.ndarray | None = None
+    span_labels: np.ndarray | None = None
+    num_choices: int = 1
     sample_ids: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -173,7 +191,7 @@ class Examples:
             input_ids=_joined(input_ids),
             token_type_ids=_joined(types),
             cu_seqlens=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
-            sequence_labels=None if sequence_labels is None else np.asarray(sequence_labels),
+            sequence_labels=None if sequence_labels is None else _labels(sequence_labels),
         )
 
     def batch(
@@ -215,8 +233,20 @@ class Examples:
             self._add_masked(batch, chosen, cu_seqlens, capacity)
         if self.sequence_labels is not None:
             labels = self.sequence_labels[chosen]
-            batch.sequence_labels = _filled(labels, size.sequences, IGNORE_INDEX)
-            batch.num_labelled = int((labels != IGNORE_INDEX).sum())
+            if np.issubdtype(labels.dtype, np.floating):
+                batch.sequence_labels = _filled(labels, size.sequences, np.nan)
+                absent = np.isnan(labels)
+                present = ~(absent if absent.ndim == 1 else absent.all(axis=1))
+            else:
+                batch.sequence_labels = _filled(labels, size.sequences, IGNORE_INDEX)
+                present = labels != IGNORE_INDEX
+            batch.num_labelled = int(present.sum())
+        if self.span_labels is not None:
+            spans = self.span_labels[chosen]
+            batch.span_labels = _filled(spans, size.sequences, IGNORE_INDEX)
+            inside = (spans >= 0) & (spans < lengths[:, None])
+            batch.num_labelled = int(inside.all(axis=1).sum())
+        batch.num_choices = self.num_choices
         return batch
 
     def _add_masked(
@@ -287,18 +317,22 @@ def pack(
     return batch, rows
 
 
-def unpack(hidden_states: Tensor, rows: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Put packed rows back where `pack` took them from; zeros at padding.
+def unpack(
+    hidden_states: Tensor, rows: Tensor, shape: tuple[int, int], at_padding: float = 0.0
+) -> Tensor:
+    """Put packed rows back where `pack` took them from.
 
     Args:
         hidden_states: [tokens, ...].
         rows: from `pack`.
         shape: (batch, length) of the padded batch.
+        at_padding: what stands at padding.
 
     Returns:
         [batch, length, ...].
     """
-    padded = hidden_states.new_zeros((shape[0] * shape[1], *hidden_states.shape[1:]))
+    size = (shape[0] * shape[1], *hidden_states.shape[1:])
+    padded = hidden_states.new_full(size, at_padding)
     return padded.index_copy(0, rows, hidden_states).unflatten(0, shape)
 
 
@@ -339,13 +373,19 @@ def best_fit(
     return batches
 
 
+def _labels(values: Sequence[Any]) -> np.ndarray:
+    # an empty list says nothing of its kind, and numpy takes it for floating
+    return np.asarray(values) if len(values) else np.zeros(0, dtype=np.int64)
+
+
 def _joined(parts: Sequence[Sequence[int]]) -> np.ndarray:
     if not len(parts):
         return np.zeros(0, dtype=np.int64)
     return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
 
 
-def _filled(values: np.ndarray, size: int, fill: int) -> Tensor:
-    out = np.full(size, fill, dtype=np.int64)
+def _filled(values: np.ndarray, size: int, fill: float) -> Tensor:
+    dtype = np.float32 if np.issubdtype(values.dtype, np.floating) else np.int64
+    out = np.full((size, *values.shape[1:]), fill, dtype=dtype)
     out[: len(values)] = values
     return torch.from_numpy(out)

@@ -1,4 +1,4 @@
-"""WordPiece vocabularies: trained, loaded and saved in the Hugging Face layout.
+"""Vocabularies in the Hugging Face layout: WordPiece trained, others' of any kind loaded.
 
 A thin wrapper over the `tokenizers` library. Devlin et al. (2019), section 3; Wu et al. (2016).
 """
@@ -29,8 +29,15 @@ from tokenizers import Tokenizer as Backend
 
 from fastbert.errors import InputError
 from fastbert.files import atomic_write, writing_failed
+from fastbert.special_tokens import (
+    BERT,
+    ROLES,
+    continues_word,
+    find_special_tokens,
+    refuse_unknown_kind,
+)
 
-PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = BERT
 CONTINUATION = "##"
 
 _FILES = ("tokenizer.json", "vocab.txt")
@@ -49,46 +56,53 @@ _TIDY = (
 
 
 class Tokenizer:
-    """Text to WordPiece ids and back.
+    """Text to ids and back: WordPiece, and the byte-level BPE and Unigram of other families.
 
     Attributes:
         vocab_size: number of ids, 0 to `vocab_size - 1`.
         pad_id, unk_id, cls_id, sep_id, mask_id: the five special ids.
         special_ids: the same five, as a tuple.
+        special_tokens: their tokens, in that order.
         lowercase: whether text is lower-cased before it is cut.
         lowercase_guessed: True when no file said so and the vocabulary was looked at.
-        is_subword: `[vocab_size]` bool, True where the token continues a word ("##").
+        is_subword: `[vocab_size]` bool, True where the token continues a word: "##" in WordPiece,
+            no mark of a space before it in the others.
     """
 
     def __init__(
-        self, backend: Backend, *, source: str = "tokenizer", lowercase_guessed: bool = False
+        self,
+        backend: Backend,
+        *,
+        source: str = "tokenizer",
+        lowercase_guessed: bool = False,
+        config: dict[str, Any] | None = None,
     ) -> None:
-        """Wrap a `tokenizers.Tokenizer`; `source` names it in error messages.
+        """Wrap a `tokenizers.Tokenizer`.
+
+        Args:
+            backend: of WordPiece, BPE or Unigram.
+            source: names it in error messages.
+            lowercase_guessed: that no file said whether it lower-cases.
+            config: tokenizer_config.json, for the names of the special tokens.
 
         Raises:
-            InputError: not a WordPiece model, a special token is missing, or ids have gaps.
+            InputError: another kind of model, a special token is missing, or ids have gaps.
         """
-        if not isinstance(backend.model, models.WordPiece):
-            kind = type(backend.model).__name__
-            raise InputError(f"{source}: a WordPiece vocabulary is wanted, got {kind}")
+        refuse_unknown_kind(backend.model, source)
         self.backend = backend
         self.vocab_size: int = backend.get_vocab_size()
         tokens = sorted(backend.get_vocab().items(), key=lambda item: item[1])
         if [index for _, index in tokens] != list(range(self.vocab_size)):
             raise InputError(f"{source}: the ids are not 0 to {self.vocab_size - 1} without gaps")
-        missing = [token for token in SPECIAL_TOKENS if backend.token_to_id(token) is None]
-        if missing:
-            raise InputError(
-                f"{source}: the vocabulary lacks {', '.join(missing)}; "
-                f"all of {', '.join(SPECIAL_TOKENS)} are needed"
-            )
+        self.special_tokens = find_special_tokens(dict(tokens), config or {}, source)
         self.tokens: tuple[str, ...] = tuple(token for token, _ in tokens)
         self.special_ids: tuple[int, ...] = tuple(
-            index for index in map(backend.token_to_id, SPECIAL_TOKENS) if index is not None
+            index for index in map(backend.token_to_id, self.special_tokens) if index is not None
         )
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = self.special_ids
         self.is_subword: np.ndarray = np.array(
-            [token.startswith(CONTINUATION) for token in self.tokens], dtype=np.bool_
+            [continues_word(backend.model, token, self.special_tokens) for token in self.tokens],
+            dtype=np.bool_,
         )
         self.lowercase: bool = bool(getattr(backend.normalizer, "lowercase", False))
         self.lowercase_guessed = lowercase_guessed
@@ -110,7 +124,7 @@ class Tokenizer:
         config = _read_json(config_file) if config_file.is_file() else {}
         settings = _normalizer_settings(config, config_file)
         if file.suffix == ".json":
-            return cls(_load_json(file, settings), source=str(file))
+            return cls(_load_json(file, settings), source=str(file), config=config)
         tokens = _read_vocabulary(file)
         guessed = "lowercase" not in settings
         settings.setdefault("lowercase", not any(_has_capitals(token) for token in tokens))
@@ -119,10 +133,10 @@ class Tokenizer:
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, model_max_length: int | None = None
     ) -> None:
-        """Write tokenizer.json, tokenizer_config.json and vocab.txt; the folder is made.
+        """Write tokenizer.json, tokenizer_config.json and, of WordPiece, vocab.txt.
 
         Args:
-            folder: transformers' AutoTokenizer loads the same ids from it.
+            folder: made where missing; transformers' AutoTokenizer loads the same ids from it.
             model_max_length: the model's positions, where transformers is to truncate.
         """
         folder = Path(folder)
@@ -131,16 +145,21 @@ class Tokenizer:
         except OSError as error:
             raise writing_failed(folder, error) from error
         normalizer = self.backend.normalizer
-        config: dict[str, Any] = {
-            theirs: getattr(normalizer, ours, None) for theirs, ours in _NORMALIZER_SETTINGS.items()
-        }
-        config["do_lower_case"] = self.lowercase
-        config["tokenizer_class"] = "BertTokenizer"
-        config.update({f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS})
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        word_piece = isinstance(self.backend.model, models.WordPiece)
+        if word_piece:
+            config = {
+                theirs: getattr(normalizer, ours, None)
+                for theirs, ours in _NORMALIZER_SETTINGS.items()
+            }
+            config["do_lower_case"] = self.lowercase
+            config["tokenizer_class"] = "BertTokenizer"
+            _write(folder / "vocab.txt", "".join(f"{token}\n" for token in self.tokens))
+        named = zip(ROLES, self.special_tokens, strict=True)
+        config.update({f"{role}_token": token for role, token in named})
         if model_max_length is not None:
             config["model_max_length"] = model_max_length
         _write(folder / "tokenizer.json", self.backend.to_str(pretty=True))
-        _write(folder / "vocab.txt", "".join(f"{token}\n" for token in self.tokens))
         _write(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
     @cached_property
@@ -149,6 +168,9 @@ class Tokenizer:
         normalizer = self.backend.normalizer
         settings = [getattr(normalizer, name, None) for name in _NORMALIZER_SETTINGS.values()]
         described = json.dumps([self.tokens, settings], ensure_ascii=True)
+        if not isinstance(self.backend.model, models.WordPiece):
+            # merges and scores decide as well
+            described = self.backend.to_str()
         return hashlib.sha256(described.encode()).hexdigest()[:32]
 
     def id_to_token(self, index: int) -> str:
@@ -189,8 +211,9 @@ class Tokenizer:
         text: str = self.backend.decode(
             [int(index) for index in ids], skip_special_tokens=skip_special_tokens
         )
-        for spaced, tidy in _TIDY:
-            text = text.replace(spaced, tidy)
+        if isinstance(self.backend.model, models.WordPiece):
+            for spaced, tidy in _TIDY:
+                text = text.replace(spaced, tidy)
         return text
 
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny import stirred, tiny_config
 
 from fastbert import checkpoint, files
+from fastbert.checkpoint import NameMap
 from fastbert.errors import InputError
 from fastbert.models import (
     BertForMaskedLM,
@@ -36,11 +37,13 @@ def rewrite(folder, change):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_names_are_unique_and_split_the_fused_projection(architecture):
     state = architecture.from_config(tiny_config()).state_dict()
-    names = [n for name in state for n in checkpoint.hugging_face_names(name, "bert.")]
+    name_map = NameMap.of(tiny_config(), architecture.name)
+    base = "bert." if name_map.has_head else ""
+    names = [n for name in state for n in name_map.theirs(name)]
     assert len(names) == len(set(names)) == len(state) + 2 * 2 * 2
-    tensors = checkpoint.to_hugging_face(state, "bert.")
+    tensors = checkpoint.to_hugging_face(state, name_map)
     assert list(tensors) == names
-    base = "bert.encoder.layer.1.attention.self."
+    base += "encoder.layer.1.attention.self."
     fused = torch.cat([tensors[f"{base}{part}.weight"] for part in ("query", "key", "value")])
     assert torch.equal(fused, state["encoder.layers.1.qkv.weight"])
 

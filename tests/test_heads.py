@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from oracle import check_operator
 from tiny import stirred, tiny_config, tiny_examples
 
-from fastbert.heads import HEAD_LAYER, MaskedLMHead, Pooler, SequenceClassifier
+from fastbert.heads import HEAD_LAYER, MaskedLMHead, Pooler, Projection
 from fastbert.kernels.ops import Rng
 from fastbert.models import BertForPreTraining
 
@@ -118,7 +118,7 @@ def test_pooler():
 
 
 def test_classifier_drops_out_with_an_rng_alone():
-    classifier = stirred(SequenceClassifier(CONFIG, 3))
+    classifier = stirred(Projection(CONFIG, 3, 0.4))
     pooled = torch.randn(200, 36)
     plain = classifier(pooled, None)
     assert torch.equal(plain, F.linear(pooled, classifier.dense.weight, classifier.dense.bias))

@@ -19,22 +19,37 @@ FOLDERS = {"fastbert": "fastbert", "fastbert.kernels": "kernels", "fastbert.benc
 
 # a part is the first name below fastbert; each may import itself and these, anybody GROUND
 GROUND = {"errors", "files", "threads"}
-ENGINE = {"kernels", "config", "packing", "encoder", "heads", "checkpoint", "models", "tokenizer"}
-LIBRARY = ENGINE | {"data", "tasks", "training", "dropin"}
+FORMATS = {"family", "families", "config", "checkpoint", "packing", "outputs", "losses"}
+MODULES = {"kernels", "norm", "linear", "encoder", "pre_norm", "heads", "model", "models"}
+ENGINE = FORMATS | MODULES | {"tokenizer", "special_tokens"}
+DROP_IN = {"packed_call", "fast_layers", "dropin", "attention_interface"}
+LIBRARY = ENGINE | DROP_IN | {"data", "tasks", "training"}
 MAY_IMPORT = {
     "fastbert": LIBRARY,
     "errors": set(),
     "threads": set(),
     "files": set(),
     "kernels": set(),
-    "config": set(),
+    "family": set(),
+    "families": {"family"},
+    "config": {"family", "families"},
     "packing": {"kernels"},
-    "tokenizer": set(),
-    "checkpoint": {"config"},
-    "encoder": {"kernels", "config", "packing"},
-    "heads": {"kernels", "config", "packing", "encoder"},
-    "models": ENGINE - {"tokenizer"},
-    "dropin": {"kernels", "packing"},
+    "special_tokens": set(),
+    "tokenizer": {"special_tokens"},
+    "outputs": {"packing"},
+    "losses": {"packing"},
+    "checkpoint": {"config", "family", "families"},
+    "norm": set(),
+    "linear": {"kernels"},
+    "encoder": {"kernels", "config", "packing", "norm", "linear"},
+    "pre_norm": {"kernels", "config", "packing", "norm", "linear", "encoder"},
+    "heads": {"kernels", "config", "family", "packing", "norm", "pre_norm"},
+    "model": ENGINE - {"tokenizer", "special_tokens", "models"},
+    "models": ENGINE - {"tokenizer", "special_tokens"},
+    "packed_call": {"kernels", "packing"},
+    "fast_layers": {"kernels", "linear", "packed_call", "pre_norm", "config"},
+    "dropin": {"packed_call", "fast_layers", "pre_norm", "config", "family", "families"},
+    "attention_interface": {"kernels", "packed_call"},
     "data": {"tokenizer", "packing"},
     "tasks": ENGINE | {"data"},
     "training": ENGINE | {"data", "tasks"},

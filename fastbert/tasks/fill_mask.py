@@ -47,7 +47,7 @@ def fill_mask(
     if not 1 <= top <= most:
         raise InputError(f"--top must be from 1 to {most:,}, the words there are, got {top}")
     refuse_foreign_tokenizer(tokenizer.vocab_size, model.config, "fill-mask")
-    sequences = [_encode(tokenizer, text, model.config.max_position_embeddings) for text in texts]
+    sequences = [_encode(tokenizer, text, model.config.max_seqlen) for text in texts]
     batch = Examples.from_lists(sequences).batch(range(len(sequences)))
     device = next(model.parameters()).device
     batch = batch.to(device)

@@ -79,10 +79,10 @@ def evaluate_text(
     architecture = BertForPreTraining if wanted.pair else BertForMaskedLM
     model = architecture.from_pretrained(folder).to(device)
     length = max_seq_len if max_seq_len is not None else trained_len
-    length = model.config.max_position_embeddings if length is None else length
-    if length > model.config.max_position_embeddings:
+    length = model.config.max_seqlen if length is None else length
+    if length > model.config.max_seqlen:
         raise InputError(
-            f"--max-seq-len must be at most {model.config.max_position_embeddings}, "
+            f"--max-seq-len must be at most {model.config.max_seqlen}, "
             f"the model's positions, got {length}"
         )
     tokenizer = Tokenizer.from_pretrained(folder)

@@ -232,7 +232,7 @@ def finetune_from(
         InputError: settings that the model or the rows do not allow.
     """
     _check_fit(model.config, tokenizer, config, "model")
-    max_seq_len = config.max_seq_len or model.config.max_position_embeddings
+    max_seq_len = config.max_seq_len or model.config.max_seqlen
     facts = TaskFacts(any(row.second is not None for row in train_rows), max_seq_len)
     run = _Run(
         model=model.to(default_device()),
@@ -377,7 +377,7 @@ class _Run:
 
     def save_model(self) -> None:
         folder = self.folder / MODEL_FOLDER
-        positions = self.model.config.max_position_embeddings
+        positions = self.model.config.max_seqlen
         self.tokenizer.save_pretrained(folder, model_max_length=positions)
         self.facts.save(folder)
         self.model.save_pretrained(folder)
@@ -406,7 +406,7 @@ class _Run:
 def _check_fit(
     encoder: EncoderConfig, tokenizer: Tokenizer, config: FinetuneConfig, where: str
 ) -> None:
-    positions = encoder.max_position_embeddings
+    positions = encoder.max_seqlen
     if config.max_seq_len is not None and config.max_seq_len > positions:
         raise InputError(
             f"--max-seq-len {config.max_seq_len}: {where} has {positions} positions "

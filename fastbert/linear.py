@@ -1,0 +1,65 @@
+"""Projections by their weights where they are nothing else, by their own call where somebody's
+adapter or hook sits on them."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastbert.kernels import ops
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a projection is its weight and its bias."""
+    return type(module) is nn.Linear and not is_hooked(module)
+
+
+def project(module: nn.Module, x: Tensor) -> Tensor:
+    """The whole projection."""
+    if is_plain(module):
+        return F.linear(x, module.weight, module.bias)  # type: ignore[arg-type]
+    return module(x)  # type: ignore[no-any-return]
+
+
+def product(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The product, and the bias that is still to be added: layer_norm does it on the way."""
+    if is_plain(module):
+        return F.linear(x, module.weight), module.bias  # type: ignore[arg-type,return-value]
+    return module(x), None
+
+
+def feed_forward(
+    inner: nn.Module, outer: nn.Module, x: Tensor, activation: str
+) -> tuple[Tensor, Tensor | None]:
+    """outer(GELU(inner(x))), and the bias that is still to be added."""
+    if is_plain(inner) and is_plain(outer) and inner.bias is not None:
+        w1, b1, w2 = inner.weight, inner.bias, outer.weight
+        return ops.feed_forward(x, w1, b1, w2, activation=activation), outer.bias  # type: ignore
+    return product(outer, _gelu(inner(x), activation))
+
+
+def gated_feed_forward(
+    inner: nn.Module, outer: nn.Module, x: Tensor, activation: str
+) -> tuple[Tensor, Tensor | None]:
+    """outer(GELU(a) * g) with [a | g] = inner(x), and the bias that is still to be added."""
+    if is_plain(inner) and is_plain(outer):
+        w1, w2 = inner.weight, outer.weight
+        gated = ops.gated_feed_forward(x, w1, w2, b1=inner.bias, activation=activation)  # type: ignore
+        return gated, outer.bias  # type: ignore[return-value]
+    activated, gate = inner(x).chunk(2, dim=-1)
+    return product(outer, _gelu(activated, activation) * gate)
+
+
+def _gelu(x: Tensor, activation: str) -> Tensor:
+    return F.gelu(x, approximate="tanh" if activation == "gelu_new" else "none")
