@@ -154,7 +154,7 @@ def small_steps(monkeypatch):
     monkeypatch.setattr(gpu_step, "WIKI", small)
 
     def tiny(size, **fields):
-        return tiny_config(hidden_size=48, **fields)
+        return tiny_config(hidden_size=96, **fields)
 
     monkeypatch.setattr(gpu_step.EncoderConfig, "named", tiny)
 

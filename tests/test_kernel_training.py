@@ -33,10 +33,10 @@ from fastbert.training.step import Inputs, TrainingStep, backward
 pytestmark = runs_kernels
 
 TINY = {
-    "hidden_size": 32,
+    "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "intermediate_size": 64,
+    "intermediate_size": 96,
 }
 # of text that every Python brings along, at each size: vocabulary, topics, tokens a batch
 SMALL, LARGE = (256, 12, 96), (4096, None, 2048)
