@@ -26,8 +26,8 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow gpu-test gpu-bench compile-matrix bench support-table lint format \
-	clean clean-all
+.PHONY: help demo test test-slow kill-test gpu-test gpu-bench compile-matrix bench support-table lint \
+	format clean clean-all
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -41,6 +41,9 @@ test: $(STAMP)-test $(STAMP)-weights ## the tests, except the slow ones and thos
 
 test-slow: $(STAMP)-test $(STAMP)-weights ## the tests that take minutes
 	$(VENV_PYTHON) -m pytest -m slow
+
+kill-test: $(STAMP)-test ## a hundred kill -9s, and the finished run is the undisturbed one
+	$(VENV_PYTHON) -m pytest -m slow -s tests/test_kill.py
 
 gpu-test: ## what needs a GPU, tests and validator, with $PYTHON and what is installed there
 	$(PYTHON) -m fastbert.bench gpu-test --results $(RESULTS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shlex
 import sys
 import types
 import typing
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _bench(words)
     sleep_soon()
     try:
-        given = _parser().parse_args(words)
+        given = _parser().parse_args(words, argparse.Namespace(words=words))
         given.handler(given)
     except InputError as error:
         print(f"fastbert: error: {error}", file=sys.stderr)
@@ -220,13 +221,16 @@ def _add_pretrain(commands: Any) -> None:
 def _pretrain(given: argparse.Namespace) -> None:
     from fastbert.training.pretrain import PretrainConfig, pretrain
 
-    pretrain(
+    report = pretrain(
         given.sources,
         given.tokenizer,
         _from_flags(PretrainConfig, given),
         doc_sep=given.doc_sep,
         resume=given.resume,
     )
+    if not report:
+        more = [] if given.resume else ["--resume"]
+        print("    " + shlex.join(["fastbert", *given.words, *more]))
 
 
 def _add_finetune(commands: Any) -> None:

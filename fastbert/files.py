@@ -34,7 +34,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise writing_failed(path, error) from error
     finally:
@@ -50,8 +50,8 @@ def writing_failed(path: str | os.PathLike[str], error: OSError) -> InputError:
     return InputError(f"{path}: cannot write: {reason}")
 
 
-def _sync_folder(folder: Path) -> None:
-    # the rename itself must survive a power cut, not only the bytes
+def sync_folder(folder: Path) -> None:
+    """Make a rename in a folder survive a power cut, not only the bytes."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -62,6 +62,11 @@ def _sync_folder(folder: Path) -> None:
         pass
     finally:
         os.close(handle)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a file is a lock, or what a killed process had not finished writing."""
+    return path.name == LOCK_FILE or (path.name.startswith(".") and path.name.endswith(".tmp"))
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 
@@ -48,6 +49,10 @@ def tree(folder) -> dict[str, bytes]:
     }
 
 
+def names(folder) -> list[str]:
+    return sorted(path.name for path in (folder / CHECKPOINTS).iterdir())
+
+
 STATE = TrainState(
     step=7, tokens=1234, seconds=5.25, position=Position(1, 2, 3), best={"accuracy": 0.5}
 )
@@ -73,9 +78,11 @@ def test_no_checkpoint_yet(tmp_path):
 def test_the_newest_is_kept_and_read(tmp_path):
     model, optimizers = trained()
     # names sort as numbers do
-    for step in (9, 10, 100):
+    steps = (9, 10, 100)
+    for number, step in enumerate(steps):
         save_checkpoint(tmp_path, TrainState(step=step), model, optimizers)
-        assert [p.name for p in (tmp_path / CHECKPOINTS).iterdir()] == [f"step-{step:08d}"]
+        kept = steps[max(number - 1, 0) : number + 1]
+        assert names(tmp_path) == [f"step-{one:08d}" for one in kept]
     assert load_checkpoint(tmp_path, model, optimizers).step == 100
 
 
@@ -87,8 +94,7 @@ def test_half_written_checkpoints_and_other_files_are_not_read(tmp_path):
     assert load_checkpoint(tmp_path, model, optimizers).step == 3
     save_checkpoint(tmp_path, TrainState(step=9), model, optimizers)
     assert load_checkpoint(tmp_path, model, optimizers).step == 9
-    left = sorted(path.name for path in (tmp_path / CHECKPOINTS).iterdir())
-    assert left == ["step-00000009", "step-00000009.copy", "thesis"]
+    assert names(tmp_path) == ["step-00000003", "step-00000009", "step-00000009.copy", "thesis"]
 
 
 def test_saving_twice_at_a_step_is_saving_once(tmp_path):
@@ -100,24 +106,41 @@ def test_saving_twice_at_a_step_is_saving_once(tmp_path):
 
 
 def rewrite_json(path, change) -> None:
-    raw = json.loads(path.read_text())
-    path.write_text(json.dumps(change(raw)))
+    raw = json.loads(path.read_text().partition("\n")[2])
+    body = json.dumps(change(raw))
+    path.write_text(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}\n")
 
 
 def halve(path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def flip_a_bit(path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def vouch(path) -> None:
+    """Let the state name the file's new checksum."""
+    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
+    rewrite_json(
+        path.with_name("state.json"), lambda raw: {**raw, "files": {**raw["files"], **sums}}
+    )
+
+
 def drop_tensor(path) -> None:
     tensors = load_file(path)
     tensors.pop("encoder.layers.0.qkv.weight")
     save_file(tensors, path)
+    vouch(path)
 
 
 def misshape(path) -> None:
     tensors = load_file(path)
     tensors["encoder.layers.0.qkv.weight/momentum_buffer"] = torch.zeros(3)
     save_file(tensors, path)
+    vouch(path)
 
 
 DAMAGES = {
@@ -125,11 +148,14 @@ DAMAGES = {
     "state cut": lambda folder: halve(folder / "state.json"),
     "state is a list": lambda folder: (folder / "state.json").write_text("[]"),
     "no position": lambda folder: rewrite_json(
-        folder / "state.json", lambda raw: {"step": raw["step"]}
+        folder / "state.json", lambda raw: {"step": raw["step"], "files": raw["files"]}
     ),
     "unknown entry": lambda folder: rewrite_json(
         folder / "state.json", lambda raw: raw | {"mood": 3}
     ),
+    "a bit of the state": lambda folder: flip_a_bit(folder / "state.json"),
+    "a bit of the weights": lambda folder: flip_a_bit(folder / "model.safetensors"),
+    "a bit of the moments": lambda folder: flip_a_bit(folder / "optimizer.safetensors"),
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "weights cut": lambda folder: halve(folder / "model.safetensors"),
     "a weight missing": lambda folder: drop_tensor(folder / "model.safetensors"),
@@ -151,6 +177,51 @@ def test_damage_is_one_line(damage, tmp_path):
         load_checkpoint(tmp_path, *trained(steps=0))
     assert str(failure.value).startswith(str(folder)) and "\n" not in str(failure.value)
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_newest_intact_one_is_taken_and_said(damage, tmp_path):
+    model, optimizers = trained()
+    save_checkpoint(tmp_path, TrainState(step=3), model, optimizers)
+    save_checkpoint(tmp_path, STATE, *trained(seed=5))
+    folder = tmp_path / CHECKPOINTS / "step-00000007"
+    DAMAGES[damage](folder)
+    other, fresh = trained(seed=1, steps=0)
+    said: list[str] = []
+    assert load_checkpoint(tmp_path, other, fresh, say=said.append) == TrainState(step=3)
+    assert len(said) == 1 and said[0].startswith(f"{folder}: damaged checkpoint: ")
+    assert said[0].endswith("; going back to step 3") and "\n" not in said[0]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+    # set aside, not lost, and its name is free for the step's second coming
+    assert names(tmp_path) == ["damaged-step-00000007", "step-00000003"]
+    save_checkpoint(tmp_path, STATE, model, optimizers)
+    assert load_checkpoint(tmp_path, other, fresh) == STATE
+
+
+def test_a_background_write_holds_what_was_then(tmp_path):
+    model, optimizers = trained()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_checkpoint(tmp_path, STATE, model, optimizers, wait=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    other, fresh = trained(seed=1, steps=0)
+    assert load_checkpoint(tmp_path, other, fresh) == STATE
+    for name, tensor in before.items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def test_a_background_failure_is_raised_by_the_next_call(tmp_path, monkeypatch):
+    model, optimizers = trained()
+    with monkeypatch.context() as patch:
+        FULL["weights"](patch)
+        save_checkpoint(tmp_path, STATE, model, optimizers, wait=False)
+        with pytest.raises(InputError, match="no space left on the device"):
+            module.finish_checkpoint()
+    module.finish_checkpoint()
+    save_checkpoint(tmp_path, STATE, model, optimizers)
+    assert load_checkpoint(tmp_path, model, optimizers) == STATE
 
 
 def no_space(*_: object, **__: object) -> None:

@@ -31,7 +31,7 @@ from fastbert.data.shards import MANIFEST, Manifest, ShardWriter
 from fastbert.data.text_files import counted, find_files
 from fastbert.data.workers import worker_pool
 from fastbert.errors import InputError
-from fastbert.files import LOCK_FILE, locked, writing_failed
+from fastbert.files import is_leftover, locked, writing_failed
 from fastbert.tokenizer import Tokenizer
 
 # some 64 MB of ids, so that a kill costs minutes at most
@@ -349,10 +349,10 @@ def describe(manifest: Manifest) -> str:
 def _refuse_foreign(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder}: is no folder; name a new one")
-    if folder.is_dir() and not (folder / MANIFEST).exists():
-        others = [path for path in folder.iterdir() if path.name != LOCK_FILE]
-        if others:
-            raise InputError(f"--out {folder}: is not empty; name a new folder")
+    if not folder.is_dir() or (folder / MANIFEST).exists():
+        return
+    if not all(map(is_leftover, folder.iterdir())):
+        raise InputError(f"--out {folder}: is not empty; name a new folder")
 
 
 def _cores() -> int:

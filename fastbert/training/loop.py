@@ -236,7 +236,7 @@ def train(
                 evaluated = state.seconds = time.monotonic() - started
             if checkpoint_due:
                 with meter.paused():
-                    save_checkpoint(folder, state, model, optimizers)
+                    save_checkpoint(folder, state, model, optimizers, wait=False)
                 saved = state.seconds = time.monotonic() - started
     meter.flush(state, optimizers.learning_rate(), config.budget)
     _refuse_non_finite(meter, state, 1)

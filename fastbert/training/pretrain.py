@@ -25,7 +25,7 @@ from fastbert.data.shards import Manifest, open_folder
 from fastbert.data.stream import PretrainingStream, StreamConfig, prefetch
 from fastbert.data.tokenized import TokenizedCorpus
 from fastbert.errors import InputError
-from fastbert.files import atomic_write
+from fastbert.files import atomic_write, locked
 from fastbert.models import BertForMaskedLM, BertForPreTraining
 from fastbert.packing import PackedBatch
 from fastbert.tokenizer import Tokenizer
@@ -223,6 +223,7 @@ def pretrain(
     finished = Path(config.out) / REPORT_FILE
     if resume and finished.is_file():
         say(f"{config.out}: the run is finished, there is nothing to resume")
+        remove_checkpoints(Path(config.out))
         done: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
         return done
     config.loop()
@@ -253,12 +254,16 @@ def pretrain(
             group=config.accumulation,
             workers=config.loader_workers,
         ),
+        manifest.checksum,
     )
-    report = _pretrain_on(text, config, folder, resume=resume, say=say)
-    if report:
-        write_report(folder, report)
-    else:
-        say("to go on: the same command with --resume")
+    with locked(folder):
+        report = _pretrain_on(text, config, folder, resume=resume, say=say)
+        if report:
+            # only now: without them and without a report the run would begin anew
+            write_report(folder, report)
+            remove_checkpoints(folder)
+        else:
+            say("to go on: the same command with --resume")
     return report
 
 
@@ -290,12 +295,14 @@ class Text:
         scored: held-out batches.
         log_probabilities: [vocab_size] float64, the unigram's.
         batches: endless, from a state on, each with the position after it; to be closed.
+        checksum: of text and vocabulary, where they are on disk.
     """
 
     tokenizer: Tokenizer
     scored: list[PackedBatch]
     log_probabilities: np.ndarray
     batches: Callable[[TrainState], Any]
+    checksum: str = ""
 
 
 def pretrain_corpus(
@@ -327,7 +334,10 @@ def pretrain_corpus(
             PretrainingStream(train_corpus, tokenizer, stream_config, state.position)
         ),
     )
-    return _pretrain_on(text, config, folder, resume=resume, say=say)
+    report = _pretrain_on(text, config, folder, resume=resume, say=say)
+    if report:
+        remove_checkpoints(folder)
+    return report
 
 
 def _pretrain_on(
@@ -351,7 +361,14 @@ def _pretrain_on(
     model.encoder.recompute = config.recompute
     model.to(device)
     optimizers = _optimizers(model, config)
-    state = load_checkpoint(folder, model, optimizers) if resume else TrainState()
+    state = TrainState(corpus=text.checksum)
+    if resume:
+        state = load_checkpoint(folder, model, optimizers, say=say)
+        if state.corpus and state.corpus != text.checksum:
+            raise InputError(
+                f"--resume: the text or the vocabulary has changed since {folder} was started"
+            )
+        state.corpus = text.checksum
     meter = Meter(folder, "pretrain")
     say(describe_path(device))
     say(
@@ -398,7 +415,6 @@ def _pretrain_on(
     title = f"fastbert {config.size}, {stream_config.objective}: {state.tokens:,} tokens"
     picture = draw_curves(folder, title, baseline=unigram)
     say(_summary(report, config.objective, folder, picture))
-    remove_checkpoints(folder)
     return report
 
 

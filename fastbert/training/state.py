@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from fastbert.data.stream import Position
 from fastbert.errors import InputError
-from fastbert.files import atomic_write, writing_failed
+from fastbert.files import atomic_write, is_leftover, sync_folder, writing_failed
 from fastbert.training.optimizer import Optimizers
 
 RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
 _STATE, _MODEL, _OPTIMIZER = "state.json", "model.safetensors", "optimizer.safetensors"
+# checkpoints a run keeps
+KEPT = 2
+_HASH_BYTES = 1 << 22
 
 
 @dataclass
@@ -34,6 +41,7 @@ class TrainState:
         tokens: real tokens seen.
         seconds: on the run's clock.
         position: the batch that comes next.
+        corpus: checksum of text and vocabulary, for runs that know it.
         best: the best evaluation so far, for runs that keep it.
     """
 
@@ -41,6 +49,7 @@ class TrainState:
     tokens: int = 0
     seconds: float = 0.0
     position: Position = field(default_factory=Position)
+    corpus: str = ""
     best: dict[str, Any] = field(default_factory=dict)
 
 
@@ -60,7 +69,7 @@ def check_run(out: str | os.PathLike[str], settings: dict[str, Any], *, resume: 
             f"--out {out}: holds a run already ({RUN_FILE}); --resume goes on with it, "
             "or name another folder"
         )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and not all(map(is_leftover, folder.iterdir())):
         raise InputError(f"--out {out}: is not empty; name a new folder")
 
 
@@ -90,64 +99,160 @@ def claim_run(out: str | os.PathLike[str], settings: dict[str, Any], *, resume: 
 
 
 def save_checkpoint(
-    folder: Path, state: TrainState, model: nn.Module, optimizers: Optimizers
+    folder: Path,
+    state: TrainState,
+    model: nn.Module,
+    optimizers: Optimizers,
+    *,
+    wait: bool = True,
 ) -> None:
-    """Write `checkpoints/step-N`; the one before it is removed once this one is complete.
+    """Write `checkpoints/step-N`; of those before it the newest stays, should this one be damaged.
+
+    Args:
+        folder: of the run.
+        state, model, optimizers: what is written.
+        wait: return when it is on disk; else a thread writes copies made now, and a failure is
+            raised by the next call.
 
     Raises:
         InputError: it could not be written; earlier checkpoints are untouched.
     """
+    finish_checkpoint()
     target = folder / CHECKPOINTS / f"step-{state.step:08d}"
     if target.exists():
         return
+    tensors = {_MODEL: model.state_dict(), _OPTIMIZER: optimizers.state_tensors()}
+    raw = dataclasses.asdict(state)
+    if wait:
+        _write_checkpoint(target, raw, tensors)
+        return
+    copies = {
+        name: {key: value.detach().to("cpu", copy=True) for key, value in own.items()}
+        for name, own in tensors.items()
+    }
+    _Background(target, raw, copies).start()
+
+
+def finish_checkpoint() -> None:
+    """Wait for a checkpoint that is being written.
+
+    Raises:
+        InputError: it could not be written.
+    """
+    global _writing
+    if _writing is not None:
+        _writing.join()
+        failure, _writing = _writing.failure, None
+        if failure is not None:
+            raise failure
+
+
+class _Background(threading.Thread):
+    """Writes one checkpoint; the process does not end before it has."""
+
+    def __init__(
+        self, target: Path, raw: dict[str, Any], tensors: dict[str, dict[str, Tensor]]
+    ) -> None:
+        super().__init__(name="checkpoint")
+        self.arguments = (target, raw, tensors)
+        self.failure: InputError | None = None
+
+    def start(self) -> None:
+        global _writing
+        _writing = self
+        super().start()
+
+    def run(self) -> None:
+        try:
+            _write_checkpoint(*self.arguments)
+        except InputError as failure:
+            self.failure = failure
+
+
+_writing: _Background | None = None
+
+
+def _write_checkpoint(
+    target: Path, raw: dict[str, Any], tensors: dict[str, dict[str, Tensor]]
+) -> None:
     partial = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial / _MODEL)
-        save_file(
-            {k: v.contiguous() for k, v in optimizers.state_tensors().items()},
-            partial / _OPTIMIZER,
-        )
-        for name in (_MODEL, _OPTIMIZER):
+        for name, own in tensors.items():
+            save_file({k: v.contiguous() for k, v in own.items()}, partial / name)
             with open(partial / name, "rb+") as file:
                 os.fsync(file.fileno())
+        sums = {name: _checksum(partial / name) for name in tensors}
+        body = json.dumps({**raw, "files": sums}, indent=2)
         with atomic_write(partial / _STATE) as file:
-            json.dump(dataclasses.asdict(state), file, indent=2)
+            # the first line vouches for the rest
+            file.write(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}\n")
         os.rename(partial, target)
+        sync_folder(target.parent)
     except (OSError, SafetensorError) as error:
         raise writing_failed(target, _as_os_error(error)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for older in _checkpoints(folder)[:-1]:
+    for older in _checkpoints(target.parent.parent)[:-KEPT]:
         shutil.rmtree(older, ignore_errors=True)
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizers: Optimizers) -> TrainState:
-    """Restore the newest checkpoint in place.
+def load_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizers: Optimizers,
+    *,
+    say: Callable[[str], None] = print,
+) -> TrainState:
+    """Restore the newest intact checkpoint in place; damaged ones are named and set aside.
 
     Returns:
         The run's state; a fresh one where the run stopped before its first checkpoint.
 
     Raises:
-        InputError: the checkpoint is damaged.
+        InputError: there are checkpoints, and none is intact.
     """
-    found = _checkpoints(folder)
-    if not found:
-        return TrainState()
-    newest = found[-1]
+    finish_checkpoint()
+    failures: list[InputError] = []
+    for path in reversed(_checkpoints(folder)):
+        try:
+            state = _read_checkpoint(path, model, optimizers)
+        except InputError as failure:
+            failures.append(failure)
+            continue
+        for failure in failures:
+            say(f"{failure}; going back to step {state.step}")
+        for damaged in _checkpoints(folder)[::-1][: len(failures)]:
+            # its name is wanted once this step comes again
+            damaged.rename(_free_name(damaged.with_name(f"damaged-{damaged.name}")))
+        return state
+    if failures:
+        raise failures[0]
+    return TrainState()
+
+
+def _read_checkpoint(path: Path, model: nn.Module, optimizers: Optimizers) -> TrainState:
     try:
-        raw = json.loads((newest / _STATE).read_text(encoding="utf-8"))
-        model.load_state_dict(load_file(newest / _MODEL))
-        optimizers.load_state_tensors(load_file(newest / _OPTIMIZER))
-        return TrainState(**{**raw, "position": Position(**raw["position"])})
+        checksum, _, body = (path / _STATE).read_text(encoding="utf-8").partition("\n")
+        if hashlib.sha256(body.rstrip("\n").encode()).hexdigest() != checksum:
+            raise ValueError(f"{_STATE} does not fit its checksum")
+        raw = json.loads(body)
+        for name, expected in raw.pop("files").items():
+            if _checksum(path / name) != expected:
+                raise ValueError(f"{name} does not fit its checksum")
+        state = TrainState(**{**raw, "position": Position(**raw["position"])})
+        model.load_state_dict(load_file(path / _MODEL))
+        optimizers.load_state_tensors(load_file(path / _OPTIMIZER))
+        return state
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{newest}: damaged checkpoint: {reason}") from None
+        raise InputError(f"{path}: damaged checkpoint: {reason}") from None
 
 
 def remove_checkpoints(folder: Path) -> None:
     """Drop the checkpoints of a finished run."""
+    finish_checkpoint()
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
@@ -179,6 +284,19 @@ def _checkpoints(folder: Path) -> list[Path]:
     if not parent.is_dir():
         return []
     return sorted(path for path in parent.iterdir() if re.fullmatch(r"step-\d+", path.name))
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(_HASH_BYTES):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _free_name(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return path if not path.exists() else next(name for name in names if not name.exists())
 
 
 def _as_os_error(error: Exception) -> OSError:
