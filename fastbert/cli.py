@@ -206,6 +206,7 @@ def _prepare(given: argparse.Namespace) -> None:
 
 
 def _add_pretrain(commands: Any) -> None:
+    from fastbert.training.presets import PRESETS
     from fastbert.training.pretrain import PretrainConfig
 
     parser = _command(commands, "pretrain", _pretrain, "pre-train an encoder on text")
@@ -214,23 +215,50 @@ def _add_pretrain(commands: Any) -> None:
     )
     parser.add_argument("--tokenizer", required=True, help="folder or file of the vocabulary")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument(
+        "--preset", help="published settings, which other flags change: " + ", ".join(PRESETS)
+    )
+    parser.add_argument(
+        "--budget", help="time (10m, 4h) or tokens (30M, 3B); warm-up and decay follow"
+    )
     _add_doc_sep(parser)
-    _add_fields(parser, PretrainConfig)
+    _add_fields(parser, PretrainConfig, given_alone=True)
 
 
 def _pretrain(given: argparse.Namespace) -> None:
-    from fastbert.training.pretrain import PretrainConfig, pretrain
+    from fastbert.training.pretrain import pretrain
 
     report = pretrain(
         given.sources,
         given.tokenizer,
-        _from_flags(PretrainConfig, given),
+        _pretrain_config(given),
         doc_sep=given.doc_sep,
         resume=given.resume,
     )
     if not report:
         more = [] if given.resume else ["--resume"]
         print("    " + shlex.join(["fastbert", *given.words, *more]))
+
+
+def _pretrain_config(given: argparse.Namespace) -> Any:
+    """The preset, changed by the flags that were given, ended by the budget."""
+    from fastbert.training.presets import preset
+    from fastbert.training.pretrain import PretrainConfig
+    from fastbert.training.schedule import parse_budget
+
+    names = {field.name for field in dataclasses.fields(PretrainConfig)}
+    flags = {name: value for name, value in vars(given).items() if name in names}
+    chosen = preset(given.preset) if given.preset is not None else None
+    config = PretrainConfig(**{**(chosen.fields if chosen else {}), **flags})
+    if given.budget is not None:
+        if config.max_steps is not None or config.max_minutes is not None:
+            raise InputError("--budget: give it, or --max-steps or --max-minutes")
+        budget = parse_budget(given.budget, config.token_budget * config.accumulation)
+        ends = {"max_steps": budget.max_steps, "max_minutes": budget.max_minutes}
+        return dataclasses.replace(config, **ends)
+    if chosen and config.max_steps is None and config.max_minutes is None:
+        return dataclasses.replace(config, max_steps=chosen.steps)
+    return config
 
 
 def _add_finetune(commands: Any) -> None:
@@ -332,26 +360,32 @@ def _add_doc_sep(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_fields(parser: argparse.ArgumentParser, config: type) -> None:
-    """A flag for every field of a configuration; help and default come from the field."""
+def _add_fields(
+    parser: argparse.ArgumentParser, config: type, *, given_alone: bool = False
+) -> None:
+    """A flag for every field of a configuration; help and default come from the field.
+
+    Where `given_alone`, flags that were not given leave no value behind.
+    """
     for name, kind in typing.get_type_hints(config).items():
         field = config.__dataclass_fields__[name]  # type: ignore[attr-defined]
         flag, text = "--" + name.replace("_", "-"), field.metadata["help"]
+        required = field.default is dataclasses.MISSING
+        default = argparse.SUPPRESS if given_alone and not required else field.default
         if kind is bool:
             parser.add_argument(
-                flag, action=argparse.BooleanOptionalAction, help=text, default=field.default
+                flag, action=argparse.BooleanOptionalAction, help=text, default=default
             )
             continue
-        required = field.default is dataclasses.MISSING
         optional = isinstance(kind, types.UnionType)
         kind = typing.get_args(kind)[0] if optional else kind
-        shown = "" if required or field.default is None else " (%(default)s)"
+        shown = "" if required or field.default is None else f" ({field.default})"
         parser.add_argument(
             flag,
             type=kind,
             required=required,
-            default=None if required else field.default,
-            help=text.replace("%", "%%") + shown,
+            default=None if required else default,
+            help=(text + shown).replace("%", "%%"),
         )
 
 

@@ -315,7 +315,10 @@ def test_narrow_models_get_larger_steps(config) -> None:
         ({"dropout": -0.1}, "--dropout must be in"),
         ({"max_seq_len": 4}, "--max-seq-len must be at least 8"),
         ({"dtype": "fp8"}, "--dtype must be one of"),
-        ({"optimizer": "sgd"}, "--optimizer must be one of adamw, muon, got 'sgd'"),
+        (
+            {"optimizer": "sgd"},
+            "--optimizer must be one of adamw, muon, lamb, stable-adamw, got 'sgd'",
+        ),
     ],
 )
 def test_settings_out_of_range(config, fields, message) -> None:

@@ -73,7 +73,9 @@ def test_a_parameter_in_no_group_is_noticed():
 
 
 def test_an_unknown_name():
-    with pytest.raises(InputError, match="optimizer must be one of adamw, muon, got 'sgd'"):
+    with pytest.raises(
+        InputError, match="optimizer must be one of adamw, muon, lamb, stable-adamw, got 'sgd'"
+    ):
         Optimizers(model_of(), "sgd", **RATES)
 
 

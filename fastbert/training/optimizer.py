@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastbert.errors import InputError
+from fastbert.training.lamb import Lamb
 from fastbert.training.loss_scale import LossScale
 from fastbert.training.muon import Muon
+from fastbert.training.stable_adamw import StableAdamW
 
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "muon", "lamb", "stable-adamw")
 # those whose step never asks the device: a CUDA graph can hold it
 CAPTURABLE = ("adamw", "muon")
 _LOSS_SCALE = "loss_scale"
@@ -32,7 +35,7 @@ class Optimizers:
 
     Args:
         model: its parameters are covered.
-        name: "adamw" or "muon".
+        name: "adamw", "muon", or "lamb" or "stable-adamw" for all.
         learning_rate: AdamW's peak.
         muon_learning_rate: Muon's peak.
         weight_decay: decoupled; of matrices and embeddings.
@@ -71,14 +74,7 @@ class Optimizers:
         ]
         device = next(model.parameters()).device
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(
-                groups,
-                lr=learning_rate,
-                betas=(0.9, beta2),
-                eps=1e-8,
-                fused=True,
-                capturable=device.type == "cuda",
-            )
+            _for_vectors(name, groups, learning_rate, (0.9, beta2), device)
         ]
         if by_muon:
             self.optimizers.append(Muon(matrices, muon_learning_rate, weight_decay))
@@ -181,6 +177,7 @@ class Optimizers:
         assert set(covered) == set(model.parameters()), "a parameter is in no group"
 
 
+<<<<<<< HEAD
 def refuse_capture(name: str) -> None:
     """Raise InputError for an optimiser whose step no CUDA graph can hold."""
     if name not in CAPTURABLE:
@@ -188,6 +185,28 @@ def refuse_capture(name: str) -> None:
             f"--cuda-graph: --optimizer {name} asks the device within a step; take one of "
             f"{', '.join(CAPTURABLE)}"
         )
+=======
+def _for_vectors(
+    name: str,
+    groups: list[dict[str, Any]],
+    learning_rate: float,
+    betas: tuple[float, float],
+    device: torch.device,
+) -> torch.optim.Optimizer:
+    """What moves everything, or with Muon what Muon does not."""
+    if name == "lamb":
+        return Lamb(groups, lr=learning_rate, betas=betas)
+    if name == "stable-adamw":
+        return StableAdamW(groups, lr=learning_rate, betas=betas)
+    return torch.optim.AdamW(
+        groups,
+        lr=learning_rate,
+        betas=betas,
+        eps=1e-8,
+        fused=True,
+        capturable=device.type == "cuda",
+    )
+>>>>>>> 071980f (Presets with their sources, budgets of time or tokens, LAMB and StableAdamW)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:

@@ -91,13 +91,18 @@ class PretrainConfig:
     )
     accumulation: int = field(default=1, metadata={"help": "batches an optimiser step"})
     optimizer: str = field(
-        default="muon", metadata={"help": "muon (with adamw for the rest) or adamw"}
+        default="muon",
+        metadata={"help": "muon (with adamw for the rest), adamw, lamb or stable-adamw"},
     )
     learning_rate: float = field(default=2e-3, metadata={"help": "peak of AdamW's"})
     muon_learning_rate: float = field(
         default=4e-3, metadata={"help": "peak of Muon's, for the layers' matrices"}
     )
+    beta2: float = field(default=0.98, metadata={"help": "decay of the second moment"})
     weight_decay: float = field(default=0.01, metadata={"help": "of matrices and embeddings"})
+    clip_norm: float = field(
+        default=1.0, metadata={"help": "gradient norm that is scaled down to; 0 for never"}
+    )
     schedule: str = field(
         default="linear", metadata={"help": "constant, linear, cosine or wsd, after warm-up"}
     )
@@ -141,6 +146,10 @@ class PretrainConfig:
             raise InputError(f"--loader-workers must be at least 0, got {self.loader_workers}")
         if self.weight_decay < 0.0:
             raise InputError(f"--weight-decay must be at least 0, got {self.weight_decay}")
+        if self.clip_norm < 0.0:
+            raise InputError(f"--clip-norm must be at least 0, got {self.clip_norm}")
+        if not 0.0 <= self.beta2 < 1.0:
+            raise InputError(f"--beta2 must be in [0, 1), got {self.beta2}")
         if not 0.0 <= self.dropout < 1.0:
             raise InputError(f"--dropout must be in [0, 1), got {self.dropout}")
         if not 0.0 < self.heldout < 1.0:
@@ -153,6 +162,7 @@ class PretrainConfig:
             schedule=self.schedule,
             warmup=self.warmup,
             accumulation=self.accumulation,
+            clip_norm=self.clip_norm,
             dropout=self.dropout > 0.0,
             seed=self.seed,
             dtype=self.dtype,
@@ -432,6 +442,7 @@ def _optimizers(model: nn.Module, config: PretrainConfig) -> Optimizers:
         learning_rate=config.learning_rate,
         muon_learning_rate=config.muon_learning_rate,
         weight_decay=config.weight_decay,
+        beta2=config.beta2,
     )
 
 

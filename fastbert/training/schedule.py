@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from fastbert.errors import InputError
@@ -38,6 +39,32 @@ class Budget:
         if self.max_minutes is not None:
             shares.append(seconds / (60.0 * self.max_minutes))
         return min(max(shares), 1.0)
+
+
+_BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>[mhdKMB])")
+_MINUTES = {"m": 1.0, "h": 60.0, "d": 24 * 60.0}
+_TOKENS = {"K": 1e3, "M": 1e6, "B": 1e9}
+
+
+def parse_budget(text: str, tokens_a_step: int) -> Budget:
+    """Read "10m", "4h" or "2d" of time, or "500K", "30M" or "3B" tokens.
+
+    Args:
+        text: number and unit; m is minutes, M is million tokens.
+        tokens_a_step: what tokens are counted in.
+
+    Raises:
+        InputError: anything else.
+    """
+    found = _BUDGET.fullmatch(text)
+    if found is None or not float(found["number"]) > 0:
+        raise InputError(
+            f"--budget must be time (10m, 4h, 2d) or tokens (500K, 30M, 3B), got {text!r}"
+        )
+    number, unit = float(found["number"]), found["unit"]
+    if unit in _MINUTES:
+        return Budget(max_minutes=number * _MINUTES[unit])
+    return Budget(max_steps=max(math.ceil(number * _TOKENS[unit] / tokens_a_step), 1))
 
 
 def constant(progress: float, warmup: float) -> float:

@@ -1,0 +1,206 @@
+"""Published pre-training settings by name, each with its source.
+
+They set how a model is trained, not what it is: sizes and architecture stay what `--size` says.
+Warm-up is a share of the run, so that `--budget` rescales it and the decay with it. Batches are
+`token_budget * accumulation` tokens a step; a batch given in sequences counts its full length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastbert.errors import InputError
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Fields of PretrainConfig, where they are from, and what they leave out."""
+
+    source: str
+    fields: dict[str, Any]
+    differs: str = ""
+    steps: int | None = field(default=None)
+
+
+PRESETS = {
+    "bert-original": Preset(
+        "Devlin et al. 2018, arXiv:1810.04805, appendix A.2: 256 sequences of 512, 1M steps",
+        {
+            "size": "base",
+            "objective": "mlm+nsp",
+            "optimizer": "adamw",
+            "learning_rate": 1e-4,
+            "beta2": 0.999,
+            "weight_decay": 0.01,
+            "schedule": "linear",
+            "warmup": 0.01,
+            "dropout": 0.1,
+            "mask_probability": 0.15,
+            "max_seq_len": 512,
+            "token_budget": 16384,
+            "accumulation": 8,
+        },
+        "90 % of the published steps are at length 128",
+        1_000_000,
+    ),
+    "roberta": Preset(
+        "Liu et al. 2019, arXiv:1907.11692, table 9 (base): 8K sequences of 512, 500K steps",
+        {
+            "size": "base",
+            "objective": "mlm",
+            "optimizer": "adamw",
+            "learning_rate": 6e-4,
+            "beta2": 0.98,
+            "weight_decay": 0.01,
+            "clip_norm": 0.0,
+            "schedule": "linear",
+            "warmup": 0.048,
+            "dropout": 0.1,
+            "mask_probability": 0.15,
+            "max_seq_len": 512,
+            "token_budget": 16384,
+            "accumulation": 256,
+        },
+        "",
+        500_000,
+    ),
+    "bert-large-lamb": Preset(
+        "You et al. 2020, arXiv:1904.00962, with the phase-1 settings of NVIDIA's "
+        "DeepLearningExamples (BERT): 64K sequences of 128, 7,038 steps",
+        {
+            "size": "large",
+            "objective": "mlm+nsp",
+            "optimizer": "lamb",
+            "learning_rate": 6e-3,
+            "beta2": 0.999,
+            "weight_decay": 0.01,
+            "clip_norm": 1.0,
+            "schedule": "linear",
+            "warmup": 0.2843,
+            "dropout": 0.1,
+            "mask_probability": 0.15,
+            "max_seq_len": 128,
+            "token_budget": 32768,
+            "accumulation": 256,
+        },
+        "phase 2, 1,563 steps at length 512, is a run of its own",
+        7_038,
+    ),
+    "24h-bert": Preset(
+        "Izsak et al. 2021, arXiv:2104.07705: 4,096 sequences of 128, a day on 8 GPUs",
+        {
+            "size": "large",
+            "objective": "mlm",
+            "optimizer": "adamw",
+            "learning_rate": 2e-3,
+            "beta2": 0.98,
+            "weight_decay": 0.01,
+            "clip_norm": 0.0,
+            "schedule": "linear",
+            "warmup": 0.06,
+            "dropout": 0.1,
+            "mask_probability": 0.15,
+            "max_seq_len": 128,
+            "token_budget": 32768,
+            "accumulation": 16,
+        },
+        "the published model normalises before, not after, each block",
+    ),
+    "cramming": Preset(
+        "Geiping and Goldstein 2022, arXiv:2212.14034, section 4.3: batch ramped to 8,192 "
+        "sequences of 128, no dropout, clipping at 0.5, one triangle of the learning rate",
+        {
+            "size": "base",
+            "objective": "mlm",
+            "optimizer": "adamw",
+            "learning_rate": 1e-3,
+            "beta2": 0.98,
+            "weight_decay": 0.01,
+            "clip_norm": 0.5,
+            "schedule": "linear",
+            "warmup": 0.5,
+            "dropout": 0.0,
+            "mask_probability": 0.15,
+            "max_seq_len": 128,
+            "token_budget": 16384,
+            "accumulation": 64,
+        },
+        "the batch is not ramped here",
+    ),
+    "mosaicbert": Preset(
+        "Portes et al. 2023, arXiv:2312.17482, appendix: 4,096 sequences of 128, 70K steps, "
+        "30 % masked, decoupled weight decay 1e-5",
+        {
+            "size": "base",
+            "objective": "mlm",
+            "optimizer": "adamw",
+            "learning_rate": 5e-4,
+            "beta2": 0.98,
+            "weight_decay": 1e-5,
+            "clip_norm": 0.0,
+            "schedule": "linear",
+            "warmup": 0.06,
+            "dropout": 0.1,
+            "mask_probability": 0.3,
+            "max_seq_len": 128,
+            "token_budget": 32768,
+            "accumulation": 16,
+        },
+        "the published rate ends at 2 % of its peak, here at 0",
+        70_000,
+    ),
+    "modernbert": Preset(
+        "Warner et al. 2024, arXiv:2412.13663, table 3 (base): 4,608 sequences of 1,024, "
+        "StableAdamW, warm-up, plateau and decay, 30 % masked",
+        {
+            "size": "base",
+            "objective": "mlm",
+            "optimizer": "stable-adamw",
+            "learning_rate": 8e-4,
+            "beta2": 0.98,
+            "weight_decay": 1e-5,
+            "clip_norm": 0.0,
+            "schedule": "wsd",
+            "warmup": 0.002,
+            "dropout": 0.0,
+            "mask_probability": 0.3,
+            "max_seq_len": 1024,
+            "token_budget": 32768,
+            "accumulation": 144,
+        },
+        "the batch is not ramped here, the decay is straight, and length stays 1,024",
+    ),
+    "neobert-like": Preset(
+        "Le Breton et al. 2025, arXiv:2502.19587, section 3: batches of 2M tokens, AdamW with "
+        "betas 0.9 and 0.95, 20 % masked, cosine decay",
+        {
+            "size": "base",
+            "objective": "mlm",
+            "optimizer": "adamw",
+            "learning_rate": 6e-4,
+            "beta2": 0.95,
+            "weight_decay": 0.1,
+            "clip_norm": 1.0,
+            "schedule": "cosine",
+            "warmup": 0.002,
+            "dropout": 0.0,
+            "mask_probability": 0.2,
+            "max_seq_len": 1024,
+            "token_budget": 32768,
+            "accumulation": 64,
+        },
+        "every chosen token is masked there; here 80/10/10; the rate ends at 0, not at a tenth",
+    ),
+}
+
+
+def preset(name: str) -> Preset:
+    """A preset by name.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if name not in PRESETS:
+        raise InputError(f"--preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]
