@@ -26,10 +26,12 @@ from fastbert.data.stream import Position
 from fastbert.errors import InputError
 from fastbert.kernels import ops
 from fastbert.kernels.ops import Rng
+from fastbert.models import Targets
 from fastbert.packing import PackedBatch
 from fastbert.training.loss_scale import LossScale
 from fastbert.training.meter import Meter
 from fastbert.training.optimizer import Optimizers, refuse_capture
+from fastbert.training.parallel import Ranks
 from fastbert.training.schedule import SCHEDULES, Budget, learning_rate_factor
 from fastbert.training.state import TrainState, save_checkpoint
 from fastbert.training.step import CapturedStep, TrainingStep, accumulate, autocast
@@ -162,14 +164,14 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def training_step(
-    model: nn.Module, optimizers: Optimizers, config: LoopConfig
+    model: nn.Module, optimizers: Optimizers, config: LoopConfig, ranks: Ranks | None = None
 ) -> TrainingStep | CapturedStep:
     """What takes the optimiser steps of a run, eager or captured."""
     device = next(model.parameters()).device
     dtype = compute_dtype(config.dtype, device)
     if dtype == torch.float16 and optimizers.loss_scale is None:
         optimizers.loss_scale = LossScale(device)
-    step = TrainingStep(model, optimizers, dtype, config.clip_norm)
+    step = TrainingStep(model, optimizers, dtype, config.clip_norm, ranks)
     return CapturedStep(step) if config.cuda_graph else step
 
 
@@ -183,6 +185,7 @@ def train(
     folder: Path,
     evaluate: Callable[[], dict[str, float]] | None = None,
     run: TrainingStep | CapturedStep | None = None,
+    ranks: Ranks | None = None,
 ) -> bool:
     """Train until the budget is spent or somebody interrupts.
 
@@ -196,6 +199,7 @@ def train(
         folder: of the run; checkpoints go there.
         evaluate: called now and then; its figures go to the meter.
         run: takes each step; from `training_step`, for runs of several calls. Made here where None.
+        ranks: that train together; the first one evaluates and saves.
 
     Returns:
         Whether the run was finished, not interrupted; an interrupted one has been saved.
@@ -203,38 +207,54 @@ def train(
     Raises:
         InputError: gradients stay infinite, or a checkpoint cannot be written.
     """
-    run = run or training_step(model, optimizers, config)
+    ranks = ranks or Ranks()
+    run = run or training_step(model, optimizers, config, ranks)
+    share = -(-config.accumulation // ranks.count)
     started = time.monotonic() - state.seconds
     evaluated = saved = state.seconds
     with Interruption() as interruption:
         while config.budget.progress(state.step, state.seconds) < 1.0:
-            window = list(islice(batches, config.accumulation))
+            window = list(islice(batches, share))
             if not window:
                 break
             rng = Rng(config.seed, state.step) if config.dropout else None
+            micro_batches = [batch for batch, _ in window]
+            agreed = ranks.agree(
+                Targets.of(*micro_batches),
+                sum(batch.num_tokens for batch in micro_batches),
+                time.monotonic() - started if ranks.count > 1 else state.seconds,
+                interruption.requested,
+            )
             # the middle of the step: no step runs at a rate of 0
-            middle = config.budget.progress(state.step + 0.5, state.seconds)
+            middle = config.budget.progress(state.step + 0.5, agreed.seconds)
             factor = learning_rate_factor(config.schedule, middle, config.warmup)
-            result = run([batch for batch, _ in window], rng, factor)
+            if isinstance(run, TrainingStep) and ranks.count > 1:
+                result = run(micro_batches, rng, factor, agreed.targets)
+                result.tokens, result.targets = agreed.tokens, agreed.targets
+            else:
+                result = run(micro_batches, rng, factor)
             state.step += 1
             state.tokens += result.tokens
             state.position = window[-1][1]
-            state.seconds = time.monotonic() - started
+            state.seconds = agreed.seconds if ranks.count > 1 else time.monotonic() - started
+            stop = agreed.stop if ranks.count > 1 else interruption.requested
             meter.step(state, result, optimizers.learning_rate(), config.budget)
             checkpoint_due = state.seconds - saved >= 60.0 * config.checkpoint_minutes
-            about_to_save = interruption.requested or checkpoint_due
+            about_to_save = stop or checkpoint_due
             if about_to_save:
                 # no checkpoint of steps whose losses nobody has looked at
                 meter.flush(state, optimizers.learning_rate(), config.budget)
             _refuse_non_finite(meter, state, 1 if about_to_save else MOST_SKIPPED)
-            if interruption.requested:
-                save_checkpoint(folder, state, model, optimizers)
+            if stop:
+                if ranks.first:
+                    save_checkpoint(folder, state, model, optimizers)
                 return False
-            if evaluate and state.seconds - evaluated >= 60.0 * config.evaluate_minutes:
+            evaluation_due = state.seconds - evaluated >= 60.0 * config.evaluate_minutes
+            if evaluate and ranks.first and evaluation_due:
                 with meter.paused():
                     meter.evaluation(state, evaluate())
                 evaluated = state.seconds = time.monotonic() - started
-            if checkpoint_due:
+            if checkpoint_due and ranks.first:
                 with meter.paused():
                     save_checkpoint(folder, state, model, optimizers, wait=False)
                 saved = state.seconds = time.monotonic() - started

@@ -167,6 +167,33 @@ class Meter:
             )
 
 
+class NoMeter(Meter):
+    """Says and writes nothing: another rank does."""
+
+    def __init__(self) -> None:
+        self.last_loss = self.step_loss = 0.0
+        self.skipped = self.skipped_in_a_row = 0
+
+    def step(
+        self, state: TrainState, result: StepResult, learning_rate: float, budget: Budget
+    ) -> None:
+        """Nothing."""
+
+    def flush(self, state: TrainState, learning_rate: float, budget: Budget) -> None:
+        """Nothing."""
+
+    def evaluation(self, state: TrainState, figures: dict[str, float]) -> None:
+        """Nothing."""
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing."""
+        yield
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def _drop_torn_line(path: Path) -> None:
     """A process that was killed may have left half a record at the end."""
     if not path.is_file():

@@ -177,7 +177,6 @@ class Optimizers:
         assert set(covered) == set(model.parameters()), "a parameter is in no group"
 
 
-<<<<<<< HEAD
 def refuse_capture(name: str) -> None:
     """Raise InputError for an optimiser whose step no CUDA graph can hold."""
     if name not in CAPTURABLE:
@@ -185,7 +184,8 @@ def refuse_capture(name: str) -> None:
             f"--cuda-graph: --optimizer {name} asks the device within a step; take one of "
             f"{', '.join(CAPTURABLE)}"
         )
-=======
+
+
 def _for_vectors(
     name: str,
     groups: list[dict[str, Any]],
@@ -206,7 +206,6 @@ def _for_vectors(
         fused=True,
         capturable=device.type == "cuda",
     )
->>>>>>> 071980f (Presets with their sources, budgets of time or tokens, LAMB and StableAdamW)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,9 @@ from fastbert.training.loop import (
     refuse_graph,
     train,
 )
-from fastbert.training.meter import Meter
+from fastbert.training.meter import Meter, NoMeter
 from fastbert.training.optimizer import OPTIMIZERS, Optimizers
+from fastbert.training.parallel import Ranks
 from fastbert.training.schedule import Budget
 from fastbert.training.state import (
     TrainState,
@@ -229,19 +230,48 @@ def pretrain(
         "doc_sep": doc_sep,
         **dataclasses.asdict(config),
     }
-    check_run(config.out, settings, resume=resume)
+    config.loop()
+    config.stream(torch.device("cpu"))
+    if config.cuda_graph:
+        refuse_graph(config.optimizer, default_device())
+    ranks = Ranks.from_environment(default_device())
+    if config.cuda_graph and ranks.count > 1:
+        raise InputError("--cuda-graph: for one process; torchrun started several")
+    if not ranks.first:
+        say = _silent
+    try:
+        return _pretrain(sources, tokenizer_path, config, settings, ranks, doc_sep, resume, say)
+    finally:
+        ranks.close()
+
+
+def _silent(line: str) -> None:
+    """What the first rank says is enough."""
+
+
+def _pretrain(
+    sources: list[str],
+    tokenizer_path: str,
+    config: PretrainConfig,
+    settings: dict[str, Any],
+    ranks: Ranks,
+    doc_sep: str,
+    resume: bool,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    if ranks.first:
+        check_run(config.out, settings, resume=resume)
     finished = Path(config.out) / REPORT_FILE
     if resume and finished.is_file():
         say(f"{config.out}: the run is finished, there is nothing to resume")
         remove_checkpoints(Path(config.out))
         done: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
         return done
-    config.loop()
-    config.stream(torch.device("cpu"))
-    if config.cuda_graph:
-        refuse_graph(config.optimizer, default_device())
     tokenizer = Tokenizer.from_pretrained(tokenizer_path)
     config.encoder(tokenizer.vocab_size)
+    # the first rank prepares, the others find what it has left
+    if not ranks.first:
+        ranks.barrier()
     shards = shards_of(sources, tokenizer, doc_sep=doc_sep, say=say)
     manifest, corpora = open_folder(shards, tokenizer.fingerprint, say=say)
     parts, heldout_corpus = _split(config, manifest, corpora)
@@ -249,7 +279,10 @@ def pretrain(
         f"{manifest.documents:,} documents, {manifest.tokens:,} tokens; "
         f"{heldout_corpus.tokens:,} of them held out"
     )
-    folder = claim_run(config.out, settings, resume=resume)
+    folder = Path(config.out)
+    if ranks.first:
+        claim_run(config.out, settings, resume=resume)
+        ranks.barrier()
     stream_config = config.stream(default_device())
     text = Text(
         tokenizer,
@@ -262,12 +295,16 @@ def pretrain(
             state.position,
             step=state.step,
             group=config.accumulation,
+            rank=ranks.rank,
+            ranks=ranks.count,
             workers=config.loader_workers,
         ),
         manifest.checksum,
     )
-    with locked(folder):
-        report = _pretrain_on(text, config, folder, resume=resume, say=say)
+    with locked(folder) if ranks.first else nullcontext():
+        report = _pretrain_on(text, config, folder, resume=resume, say=say, ranks=ranks)
+        if not ranks.first:
+            return report
         if report:
             # only now: without them and without a report the run would begin anew
             write_report(folder, report)
@@ -357,7 +394,9 @@ def _pretrain_on(
     *,
     resume: bool,
     say: Callable[[str], None],
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
+    ranks = ranks or Ranks()
     device = default_device()
     loop, stream_config = config.loop(), config.stream(device)
     dtype = compute_dtype(config.dtype, device)
@@ -373,13 +412,18 @@ def _pretrain_on(
     optimizers = _optimizers(model, config)
     state = TrainState(corpus=text.checksum)
     if resume:
+        # one after another: a damaged checkpoint is set aside but once
+        if not ranks.first:
+            ranks.barrier()
         state = load_checkpoint(folder, model, optimizers, say=say)
+        if ranks.first:
+            ranks.barrier()
         if state.corpus and state.corpus != text.checksum:
             raise InputError(
                 f"--resume: the text or the vocabulary has changed since {folder} was started"
             )
         state.corpus = text.checksum
-    meter = Meter(folder, "pretrain")
+    meter = Meter(folder, "pretrain") if ranks.first else NoMeter()
     say(describe_path(device))
     say(
         f"pre-training {config.size} ({sum(p.numel() for p in model.parameters()):,} parameters) "
@@ -397,10 +441,13 @@ def _pretrain_on(
             meter,
             folder,
             evaluate=lambda: evaluate_pretraining(model, text.scored, dtype),
+            ranks=ranks,
         )
     meter.close()
     if not finished:
         say(f"interrupted at step {state.step}; saved")
+        return {}
+    if not ranks.first:
         return {}
     save_checkpoint(folder, state, model, optimizers)
     figures = evaluate_pretraining(model, text.scored, dtype)

@@ -22,6 +22,7 @@ from fastbert.kernels.ops import Rng
 from fastbert.models import Targets
 from fastbert.packing import PackedBatch
 from fastbert.training.optimizer import Optimizers
+from fastbert.training.parallel import Ranks
 from fastbert.training.result import StepResult
 
 # eager steps before the capture: libraries make their workspaces, optimisers their state
@@ -37,31 +38,42 @@ class Inputs:
     Attributes:
         batches: one a micro-batch.
         state: [micro-batches, 3] int64, seed, step and micro-batch of each; None without dropout.
+        numbers: of the micro-batches within the step of all ranks.
         targets: [2] fp32, masked and labelled targets of the whole step, at least 1 each.
     """
 
     batches: list[PackedBatch]
     state: Tensor | None
     targets: Tensor
+    numbers: range
 
     @classmethod
     def send(
-        cls, micro_batches: list[PackedBatch], rng: Rng | None, device: torch.device
+        cls,
+        micro_batches: list[PackedBatch],
+        rng: Rng | None,
+        device: torch.device,
+        ranks: Ranks | None = None,
+        targets: Targets | None = None,
     ) -> Inputs:
-        """Copy to the device without waiting for it."""
+        """Copy to the device without waiting for it; `targets` are those of all ranks."""
+        ranks = ranks or Ranks()
+        # as the step numbers them, whoever computes them
+        numbers = range(ranks.rank, len(micro_batches) * ranks.count, ranks.count)
+        targets = targets or Targets.of(*micro_batches)
         batches = list(micro_batches)
         if device.type != "cpu":
             batches = [batch.to(device, non_blocking=True) for batch in micro_batches]
-        state = None if rng is None else _sent(_state(rng, len(micro_batches)), device)
-        return cls(batches, state, _sent(_targets(micro_batches), device))
+        state = None if rng is None else _sent(_state(rng, numbers), device)
+        return cls(batches, state, _sent(_counts(targets), device), numbers)
 
     def copy_(self, micro_batches: list[PackedBatch], rng: Rng | None) -> None:
         """Write another step of the same shapes into this memory, without waiting."""
         for target, source in zip(self.batches, micro_batches, strict=True):
             target.copy_(source)
         if self.state is not None and rng is not None:
-            _write(self.state, _state(rng, len(micro_batches)))
-        _write(self.targets, _targets(micro_batches))
+            _write(self.state, _state(rng, self.numbers))
+        _write(self.targets, _counts(Targets.of(*micro_batches)))
 
 
 class TrainingStep:
@@ -72,21 +84,40 @@ class TrainingStep:
         optimizers: cover the model.
         dtype: of matrix products.
         clip_norm: norm of the gradients above which they are scaled down; 0 for never.
+        ranks: that share every step.
     """
 
     def __init__(
-        self, model: nn.Module, optimizers: Optimizers, dtype: torch.dtype, clip_norm: float
+        self,
+        model: nn.Module,
+        optimizers: Optimizers,
+        dtype: torch.dtype,
+        clip_norm: float,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Ranks()
         self.model, self.optimizers = model, optimizers
         self.dtype, self.clip_norm = dtype, clip_norm
         self.device = next(model.parameters()).device
 
     def __call__(
-        self, micro_batches: list[PackedBatch], rng: Rng | None, factor: float
+        self,
+        micro_batches: list[PackedBatch],
+        rng: Rng | None,
+        factor: float,
+        targets: Targets | None = None,
     ) -> StepResult:
-        """Train on the micro-batches of one step, at `factor` times the peak learning rates."""
+        """Train on the micro-batches of one step, at `factor` times the peak learning rates.
+
+        Args:
+            micro_batches: of this rank.
+            rng: names the step's dropout draws; None for no dropout.
+            factor: of the peak learning rates.
+            targets: of all ranks; None for those of the micro-batches.
+        """
         self.optimizers.set_rates(factor)
-        sums = self.compute(Inputs.send(micro_batches, rng, self.device), rng)
+        inputs = Inputs.send(micro_batches, rng, self.device, self.ranks, targets)
+        sums = self.compute(inputs, rng)
         return _result(micro_batches, sums)
 
     def compute(self, inputs: Inputs, rng: Rng | None) -> dict[str, Tensor]:
@@ -94,6 +125,8 @@ class TrainingStep:
         loss_scale = self.optimizers.loss_scale
         scale = None if loss_scale is None else loss_scale.scale
         sums = backward(self.model, inputs, self.dtype, rng, scale)
+        self.ranks.reduce_gradients(self.model)
+        self.ranks.reduce_sums(sums, self.device)
         sums["skipped"] = self.optimizers.update(self.clip_norm)
         return sums
 
@@ -105,6 +138,8 @@ def accumulate(
     device: torch.device,
     dtype: torch.dtype,
     rng: Rng | None = None,
+    ranks: Ranks | None = None,
+    targets: Targets | None = None,
 ) -> StepResult:
     """Gradients of one optimiser step: k micro-batches give what one batch of them all would.
 
@@ -114,9 +149,15 @@ def accumulate(
         device: where the model is.
         dtype: of matrix products.
         rng: names the step's dropout draws; None for no dropout.
+        ranks: the processes that share the step; these are the micro-batches of this one.
+        targets: of all ranks.
     """
-    inputs = Inputs.send(micro_batches, rng, device)
-    return _result(micro_batches, backward(model, inputs, dtype, rng))
+    ranks = ranks or Ranks()
+    inputs = Inputs.send(micro_batches, rng, device, ranks, targets)
+    sums = backward(model, inputs, dtype, rng)
+    ranks.reduce_gradients(model)
+    ranks.reduce_sums(sums, device)
+    return _result(micro_batches, sums)
 
 
 def backward(
@@ -133,10 +174,14 @@ def backward(
     """
     masked, labelled = inputs.targets.unbind()
     sums: dict[str, Tensor] = {}
-    for number, batch in enumerate(inputs.batches):
+    for place, batch in enumerate(inputs.batches):
+        if not batch.num_tokens:
+            # the other ranks have one more
+            continue
         own = None
         if rng is not None and inputs.state is not None:
-            own = Rng(rng.seed, rng.step, number, exact=rng.exact, state=inputs.state[number])
+            number, state = inputs.numbers[place], inputs.state[place]
+            own = Rng(rng.seed, rng.step, number, exact=rng.exact, state=state)
         with autocast(inputs.targets.device, dtype):
             output = model(batch, rng=own, targets=Targets(masked, labelled))
         loss = output.loss if loss_scale is None else output.loss * loss_scale
@@ -243,14 +288,13 @@ def _result(micro_batches: list[PackedBatch], sums: dict[str, Tensor]) -> StepRe
     return StepResult(tokens, Targets.of(*micro_batches), sums)
 
 
-def _state(rng: Rng, micro_batches: int) -> Tensor:
+def _state(rng: Rng, numbers: range) -> Tensor:
     cpu = torch.device("cpu")
-    draws = [Rng(rng.seed, rng.step, number) for number in range(micro_batches)]
+    draws = [Rng(rng.seed, rng.step, number) for number in numbers]
     return torch.stack([draw.device_state(cpu) for draw in draws])
 
 
-def _targets(micro_batches: list[PackedBatch]) -> Tensor:
-    targets = Targets.of(*micro_batches)
+def _counts(targets: Targets) -> Tensor:
     counts = [max(targets.masked, 1), max(targets.labelled, 1)]
     return torch.tensor(counts, dtype=torch.float32)
 
