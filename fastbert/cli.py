@@ -254,8 +254,9 @@ def _pretrain_config(given: argparse.Namespace) -> Any:
         if config.max_steps is not None or config.max_minutes is not None:
             raise InputError("--budget: give it, or --max-steps or --max-minutes")
         budget = parse_budget(given.budget, config.token_budget * config.accumulation)
-        ends = {"max_steps": budget.max_steps, "max_minutes": budget.max_minutes}
-        return dataclasses.replace(config, **ends)
+        return dataclasses.replace(
+            config, max_steps=budget.max_steps, max_minutes=budget.max_minutes
+        )
     if chosen and config.max_steps is None and config.max_minutes is None:
         return dataclasses.replace(config, max_steps=chosen.steps)
     return config

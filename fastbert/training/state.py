@@ -221,8 +221,8 @@ def load_checkpoint(
         except InputError as failure:
             failures.append(failure)
             continue
-        for failure in failures:
-            say(f"{failure}; going back to step {state.step}")
+        for found in failures:
+            say(f"{found}; going back to step {state.step}")
         for damaged in _checkpoints(folder)[::-1][: len(failures)]:
             # its name is wanted once this step comes again
             damaged.rename(_free_name(damaged.with_name(f"damaged-{damaged.name}")))
