@@ -2,7 +2,8 @@
 
 1. The text is prepared into shards and, in turn, only tokenised (`tokenizers.encode_batch` on all
    cores, of documents that are in memory already): the ratio of the times is the cost of the rest,
-   reading, sentences, writing and starting processes.
+   reading, sentences, writing and starting processes. The same in processor time, of this process
+   and its children, which a busy machine disturbs less.
 2. Batches are taken out of the shards, masking and packing included, and thrown away.
 3. Packing efficiency: real tokens over the batches' room, of a whole epoch.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import sys
@@ -86,9 +88,12 @@ def run(
         for block in blocks:
             tokenizer.backend.encode_batch(block, add_special_tokens=False)
 
+    spent: dict[str, list[float]] = {"bare": [], "ours": []}
+    sides = {name: _counted(work, spent[name]) for name, work in (("bare", bare), ("ours", ours))}
     say(f"preparing {text.stat().st_size / 1e6:.0f} MB, {repeats} rounds")
-    times = interleaved_ms({"bare": bare, "ours": ours}, repeats=repeats, warm_up=1)
+    times = interleaved_ms(sides, repeats=repeats, warm_up=1)
     ratio = speedup(times["ours"], times["bare"])
+    cpu_ratio = speedup(spent["ours"][1:], spent["bare"][1:])
     manifest, corpora = open_folder(shards, tokenizer.fingerprint)
     parts = [Part.whole(corpus) for corpus in corpora]
     result: dict[str, Any] = {
@@ -100,6 +105,7 @@ def run(
             "bare_ms": _rounded(asdict(spread(times["bare"]))),
             "ours_ms": _rounded(asdict(spread(times["ours"]))),
             "ratio": _rounded(asdict(ratio)),
+            "cpu_ratio": _rounded(asdict(cpu_ratio)),
             "tokens_per_s": round(1000 * manifest.tokens / statistics.median(times["ours"])),
         },
         "batches": [],
@@ -113,9 +119,30 @@ def run(
         for workers in (0, cores):
             say(f"batches of {budget}, sequences of {length}, {objective}, {workers} workers")
             rates = [_rate(parts, tokenizer, config, workers, batches) for _ in range(repeats)]
-            row[f"tokens_per_s_{workers}_workers"] = _rounded(asdict(spread(rates)))
+            row[f"tokens_per_s_{workers}_workers"] = _rounded(asdict(spread([r[0] for r in rates])))
+            if not workers:
+                row["tokens_per_cpu_s"] = _rounded(asdict(spread([r[1] for r in rates])))
         result["batches"].append(row)
     return result
+
+
+def _counted(work: Callable[[], None], spent: list[float]) -> Callable[[], None]:
+    """`work`, with the processor time it takes appended to `spent`."""
+
+    def run() -> None:
+        before = _cpu_s()
+        work()
+        spent.append(_cpu_s() - before)
+
+    return run
+
+
+def _cpu_s() -> float:
+    """Processor time of this process and of children that have ended."""
+    return sum(
+        usage.ru_utime + usage.ru_stime
+        for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
 
 
 def _blocks(documents: Sequence[str]) -> Iterator[list[str]]:
@@ -144,13 +171,13 @@ def _full(planner: Planner) -> float:
 
 def _rate(
     parts: Sequence[Part], tokenizer: Tokenizer, config: StreamConfig, workers: int, batches: int
-) -> float:
-    """Real tokens a second, once the first batch is there."""
+) -> tuple[float, float]:
+    """Real tokens a second, and a second of this process, once the first batch is there."""
     with Loader(parts, tokenizer, config, workers=workers) as loader:
         next(loader)
-        began = time.perf_counter()
+        began, spent = time.perf_counter(), time.process_time()
         tokens = sum(batch.num_tokens for batch, _ in islice(loader, batches))
-        return tokens / (time.perf_counter() - began)
+        return tokens / (time.perf_counter() - began), tokens / (time.process_time() - spent)
 
 
 def _rounded(figures: dict[str, float]) -> dict[str, float]:
@@ -166,12 +193,13 @@ def table(result: dict[str, Any]) -> str:
         f"{result['text']['megabytes']} MB, {result['text']['tokens']:,} tokens",
         f"prepare: {ratio['median']:.2f} times bare encode_batch "
         f"({ratio['lowest']:.2f} to {ratio['highest']:.2f} by round; goal at most "
-        f"{MOST_PREPARE_RATIO}), {prepared['tokens_per_s']:,} tokens/s",
-        "  budget  length  objective     full  tokens/s by a thread, by workers "
-        f"(goal {LEAST_TOKENS_PER_S:,})",
+        f"{MOST_PREPARE_RATIO}), {prepared['cpu_ratio']['median']:.2f} times in processor time; "
+        f"{prepared['tokens_per_s']:,} tokens/s",
+        "  budget  length  objective     full  tokens/s by a thread, a processor second, by workers"
+        f" (goal {LEAST_TOKENS_PER_S:,})",
     ]
     for row in result["batches"]:
-        rates = [value for name, value in row.items() if name.startswith("tokens_per_s")]
+        rates = [value for name, value in row.items() if name.startswith("tokens_per_")]
         shown = "  ".join(f"{rate['median']:>12,.0f}" for rate in rates)
         lines.append(
             f"  {row['budget']:>6}  {row['max_seq_len']:>6}  {row['objective']:<9}  "

@@ -71,6 +71,27 @@ def test_pretrain_leaves_a_model_and_a_report(run: Path) -> None:
     assert not (run / "checkpoints").exists()
 
 
+def test_pretraining_goes_on_from_a_model_with_replay(
+    run: Path, text: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "trains.txt"
+    other.write_text(TEXT.replace("ship", "train").replace("harbour", "station"))
+    arguments = ["pretrain", str(other), "--tokenizer", str(tokenizer), *SMALL]
+    arguments += ["--model", str(run), "--replay", str(text), "--objective", "mlm"]
+    assert main([*arguments, "--out", str(tmp_path / "more")]) == 0
+    shown = capsys.readouterr()
+    report = json.loads((tmp_path / "more" / "report.json").read_text())
+    assert report["replay_mlm_loss_heldout"] > 0 and report["mlm_loss_heldout"] > 0
+    assert "held out of --replay: masked-LM loss" in shown.out
+    # scored before the first step, side by side
+    assert "pretrain: step 0: mlm_loss" in shown.err and "replay_mlm_loss" in shown.err
+    line = refused(capsys, *arguments, "--max-seq-len", "64", "--out", str(tmp_path / "longer"))
+    assert "--max-seq-len must be at most 32" in line
+    assert "must be in [0, 1)" in refused(
+        capsys, *arguments, "--replay-share", "1", "--out", str(tmp_path / "x")
+    )
+
+
 def test_evaluate_prints_the_scores_of_the_models_own_objective(
     run: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,6 +144,8 @@ def test_a_run_interrupted_by_a_signal_is_saved_and_resumes(
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "--resume" in output
+    # what is printed last goes on when it is typed
+    assert output.splitlines()[-1].strip().startswith("fastbert pretrain ")
     assert len(list((out / "checkpoints").iterdir())) == 1
     clock = json.loads(next((out / "checkpoints").glob("*/state.json")).read_text())["seconds"]
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=120)

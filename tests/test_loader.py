@@ -272,6 +272,33 @@ def test_of_few_long_documents_the_ends_are_held_out():
     assert text[0].tokens + heldout.tokens == corpora[0].tokens
 
 
+def test_replay_has_its_share_of_every_window_and_its_own_epochs():
+    new, old = [Part.whole(random_corpus(400))], [Part.whole(random_corpus(120, seed=7))]
+    config = dataclasses.replace(CONFIG, objective=Objective(), replay_share=0.3)
+    planner = Planner(new, tiny_tokenizer(), config, old)
+    seen: Counter[int] = Counter()
+    for epoch in range(3):
+        for number in range(planner.windows):
+            samples = planner.window(epoch, number).samples
+            replayed = samples.part == 1
+            sizes = np.diff(samples.ranges[:, 0])[:, 0]
+            # regions are of about equal size: within one of them
+            share = sizes[replayed].sum() / sizes.sum()
+            slack = planner.regions.size / sizes.sum()
+            assert abs(share - 0.3) < 2 * slack
+            seen.update(samples.ranges[replayed, 0, 0].tolist())
+    regions = planner.regions.count - planner.own
+    turns = int(3 * planner.own * planner.replay_rate)
+    assert turns > 2 * regions
+    chosen = planner._replayed(0, 3 * planner.own)
+    counts = np.bincount(chosen - planner.own, minlength=regions)
+    # every region before any comes again
+    assert counts.max() - counts.min() <= 1
+    windows = [planner.window(1, n).samples.index for n in range(planner.windows)]
+    fresh = Planner(new, tiny_tokenizer(), config, old)
+    assert np.array_equal(fresh.window(1, 2).samples.index, windows[2])
+
+
 def test_an_error_reaches_the_caller_and_the_thread_ends():
     lonely = [Part.whole(random_corpus(1))]
     with (

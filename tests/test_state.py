@@ -106,9 +106,10 @@ def test_saving_twice_at_a_step_is_saving_once(tmp_path):
 
 
 def rewrite_json(path, change) -> None:
-    raw = json.loads(path.read_text().partition("\n")[2])
-    body = json.dumps(change(raw))
-    path.write_text(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}\n")
+    raw = json.loads(path.read_text())
+    raw.pop("checksum")
+    changed = change(raw)
+    path.write_text(json.dumps({**changed, "checksum": module._checksum_of(changed)}))
 
 
 def halve(path) -> None:

@@ -36,7 +36,7 @@ from fastbert.tokenizer import Tokenizer
 # batches a window holds; its last one may be part empty, so many make that small
 WINDOW_BATCHES = 256
 DEPTH = 4
-_REGIONS, _SAMPLES, _BATCHES = 200, 201, 202
+_REGIONS, _SAMPLES, _BATCHES, _REPLAY = range(200, 204)
 
 
 @dataclass
@@ -71,28 +71,62 @@ class Planner:
         parts: the text.
         tokenizer: of it.
         config: how text becomes batches.
+        replay: older text, of which every window has `config.replay_share`. Its own epochs go on
+            as it is used up, however often the text comes round.
     """
 
-    def __init__(self, parts: Sequence[Part], tokenizer: Tokenizer, config: StreamConfig) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        tokenizer: Tokenizer,
+        config: StreamConfig,
+        replay: Sequence[Part] = (),
+    ) -> None:
         self.config = config
         room = config.max_seq_len - config.objective.added_tokens
-        self.regions = Regions(parts, room, tokenizer.is_subword)
+        self.regions = Regions([*parts, *replay], room, tokenizer.is_subword)
+        self.own = int(self.regions.first[len(parts)])
+        share = config.replay_share if replay else 0.0
+        # regions of replay for one of the text
+        self.replay_rate = share / (1.0 - share)
         wanted = WINDOW_BATCHES * config.token_budget / self.regions.size
-        self.windows = max(round(self.regions.count / max(wanted, 1.0)), 1)
-        self._order: tuple[int, np.ndarray] | None = None
+        self.windows = max(round(self.own * (1.0 + self.replay_rate) / max(wanted, 1.0)), 1)
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
 
     def window(self, epoch: int, number: int) -> Window:
         """Plan one of an epoch's `windows`."""
         draws = Draws(self.config.seed, epoch)
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, self.regions.order(draws.of(_REGIONS))
-        edges = np.linspace(0, self.regions.count, self.windows + 1).astype(np.int64)
-        chosen = self._order[1][edges[number] : edges[number + 1]]
+        edges = np.linspace(0, self.own, self.windows + 1).astype(np.int64)
+        first, last = int(edges[number]), int(edges[number + 1])
+        chosen = self._order(_REGIONS, epoch)[first:last]
+        if self.replay_rate:
+            replayed = self._replayed(epoch * self.own + first, epoch * self.own + last)
+            chosen = np.concatenate([chosen, replayed])
         samples = plan_samples(self.regions, chosen, self.config.objective, draws)
         samples = samples[np.argsort(draws.of(_SAMPLES).words(samples.index), kind="stable")]
         batches = [np.sort(rows) for rows in self._packed(samples.lengths)]
         order = draws.of(_BATCHES).of(number).permutation(len(batches))
         return Window(samples, [batches[place] for place in order.tolist()], draws)
+
+    def _order(self, purpose: int, epoch: int) -> np.ndarray:
+        """An epoch's regions of the text, or of replay; the last few are kept."""
+        if (purpose, epoch) not in self._orders:
+            while len(self._orders) > 2:
+                self._orders.pop(next(iter(self._orders)))
+            count = self.own if purpose == _REGIONS else self.regions.count - self.own
+            draws = Draws(self.config.seed, epoch).of(purpose)
+            self._orders[purpose, epoch] = draws.permutation(count)
+        return self._orders[purpose, epoch]
+
+    def _replayed(self, first: int, last: int) -> np.ndarray:
+        """Regions of replay that go with so many of the text's, counted over all epochs."""
+        count = self.regions.count - self.own
+        turns = np.arange(int(first * self.replay_rate), int(last * self.replay_rate))
+        found = [
+            self._order(_REPLAY, epoch)[turns[turns // count == epoch] % count]
+            for epoch in np.unique(turns // count).tolist()
+        ]
+        return self.own + np.concatenate([np.zeros(0, dtype=np.int64), *found])
 
     def from_position(self, position: Position) -> Iterator[tuple[Samples, Draws, Position]]:
         """Every batch from a position on, without end, each with the position after it."""
@@ -161,6 +195,7 @@ class Loader:
         rank, ranks: this process's share: batches `rank`, `rank + ranks`, ... of each group. A
             rank that is one short gets an empty one.
         workers: processes that write batches; 0 for a thread of this process.
+        replay: older text, as for `Planner`.
 
     Attributes:
         waited_s: seconds the caller has waited for batches.
@@ -178,15 +213,15 @@ class Loader:
         rank: int = 0,
         ranks: int = 1,
         workers: int = 0,
+        replay: Sequence[Part] = (),
     ) -> None:
         if workers < 0:
             raise InputError(f"--loader-workers must be at least 0, got {workers}")
-        self.planner = Planner(parts, tokenizer, config)
+        self.planner = Planner(parts, tokenizer, config, replay)
         self.group, self.rank, self.ranks = group, rank, ranks
         self.waited_s = 0.0
-        self._writer = _Writer(
-            [part.corpus.ids for part in parts], Vocabulary.of(tokenizer), config
-        )
+        ids = [part.corpus.ids for part in (*parts, *replay)]
+        self._writer = _Writer(ids, Vocabulary.of(tokenizer), config)
         self._ready: queue.Queue[tuple[PackedBatch, Position] | BaseException] = queue.Queue(DEPTH)
         self._closed = threading.Event()
         self._pool = worker_pool(workers, _take, self._writer) if workers else None

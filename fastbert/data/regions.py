@@ -110,10 +110,6 @@ class Regions:
         if not self.tokens:
             raise InputError("no tokens to train on: the text is empty after tokenising")
 
-    def order(self, draws: Draws) -> np.ndarray:
-        """[count] int64, the regions of an epoch, shuffled."""
-        return draws.permutation(self.count)
-
     def bounds(self, number: int, regions: np.ndarray) -> np.ndarray:
         """Where regions of part `number` begin and end: [regions, 2] offsets into its spans."""
         part = self.parts[number]

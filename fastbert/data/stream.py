@@ -56,6 +56,8 @@ class StreamConfig:
     steps: int | None = None
     # what is chosen as one: token, whole-word, ngram or span
     masking: str = "token"
+    # of older text among the regions, where there is some
+    replay_share: float = 0.0
     seed: int = 0
     # one shape for all batches, as compiled steps and CUDA graphs want; else few slots are unused
     fixed_shapes: bool = False
@@ -89,6 +91,8 @@ class StreamConfig:
             share = getattr(self, name)
             if share is not None and not 0.0 < share < 1.0:
                 raise InputError(f"--{name.replace('_', '-')} must be in (0, 1), got {share}")
+        if not 0.0 <= self.replay_share < 1.0:
+            raise InputError(f"--replay-share must be in [0, 1), got {self.replay_share}")
         if self.masking not in STYLES:
             raise InputError(f"--masking must be one of {', '.join(STYLES)}, got {self.masking!r}")
         if self.final_mask_probability is not None and self.steps is None:

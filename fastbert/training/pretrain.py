@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastbert.config import EncoderConfig
+from fastbert.config import EncoderConfig, refuse_foreign_tokenizer
 from fastbert.data.cache import shards_of
 from fastbert.data.draws import Draws
 from fastbert.data.loader import Loader
@@ -26,7 +26,7 @@ from fastbert.data.stream import PretrainingStream, StreamConfig, prefetch
 from fastbert.data.tokenized import TokenizedCorpus
 from fastbert.errors import InputError
 from fastbert.files import atomic_write, locked
-from fastbert.models import BertForMaskedLM, BertForPreTraining
+from fastbert.models import BertForMaskedLM, BertForPreTraining, resolve_model
 from fastbert.packing import PackedBatch
 from fastbert.tokenizer import Tokenizer
 from fastbert.training.curves import draw_curves
@@ -71,6 +71,14 @@ class PretrainConfig:
 
     out: str = field(metadata={"help": "folder of the run; must be new, or --resume"})
     size: str = field(default="mini", metadata={"help": "tiny, mini, small, medium, base or large"})
+    model: str | None = field(
+        default=None,
+        metadata={"help": "go on with these weights, of a run or model folder, on this text"},
+    )
+    replay: str | None = field(
+        default=None, metadata={"help": "older text, or shards of it, to mix in and score on"}
+    )
+    replay_share: float = field(default=0.2, metadata={"help": "of --replay in every window"})
     objective: str = field(
         default="mlm+sop",
         metadata={"help": "mlm, mlm+nsp, mlm+sop, mlm+sop3 (six orders), weighted: mlm+0.5*sop"},
@@ -147,6 +155,8 @@ class PretrainConfig:
             raise InputError(f"--loader-workers must be at least 0, got {self.loader_workers}")
         if self.weight_decay < 0.0:
             raise InputError(f"--weight-decay must be at least 0, got {self.weight_decay}")
+        if not 0.0 <= self.replay_share < 1.0:
+            raise InputError(f"--replay-share must be in [0, 1), got {self.replay_share}")
         if self.clip_norm < 0.0:
             raise InputError(f"--clip-norm must be at least 0, got {self.clip_norm}")
         if not 0.0 <= self.beta2 < 1.0:
@@ -182,6 +192,7 @@ class PretrainConfig:
             final_mask_probability=self.final_mask_probability,
             steps=self.max_steps,
             masking=self.masking,
+            replay_share=self.replay_share if self.replay else 0.0,
             seed=self.seed,
             fixed_shapes=device.type != "cpu",
         )
@@ -272,24 +283,22 @@ def _pretrain(
     # the first rank prepares, the others find what it has left
     if not ranks.first:
         ranks.barrier()
-    shards = shards_of(sources, tokenizer, doc_sep=doc_sep, say=say)
-    manifest, corpora = open_folder(shards, tokenizer.fingerprint, say=say)
-    parts, heldout_corpus = _split(config, manifest, corpora)
-    say(
-        f"{manifest.documents:,} documents, {manifest.tokens:,} tokens; "
-        f"{heldout_corpus.tokens:,} of them held out"
-    )
+    own = Source.open(sources, tokenizer, config, doc_sep, say)
+    replay = None
+    if config.replay is not None:
+        replay = Source.open([config.replay], tokenizer, config, doc_sep, say)
     folder = Path(config.out)
     if ranks.first:
         claim_run(config.out, settings, resume=resume)
         ranks.barrier()
     stream_config = config.stream(default_device())
+    named = {"": own} if replay is None else {"": own, "replay_": replay}
     text = Text(
         tokenizer,
-        heldout_pass(heldout_corpus, tokenizer, stream_config.objective, config.max_seq_len),
-        unigram_log_probabilities([part.corpus for part in parts], tokenizer.vocab_size),
+        {name: source.scored(tokenizer, config) for name, source in named.items()},
+        unigram_log_probabilities([part.corpus for part in own.parts], tokenizer.vocab_size),
         lambda state: Loader(
-            parts,
+            own.parts,
             tokenizer,
             stream_config,
             state.position,
@@ -298,8 +307,9 @@ def _pretrain(
             rank=ranks.rank,
             ranks=ranks.count,
             workers=config.loader_workers,
+            replay=replay.parts if replay else (),
         ),
-        manifest.checksum,
+        " ".join(source.checksum for source in named.values()),
     )
     with locked(folder) if ranks.first else nullcontext():
         report = _pretrain_on(text, config, folder, resume=resume, say=say, ranks=ranks)
@@ -312,6 +322,45 @@ def _pretrain(
         else:
             say("to go on: the same command with --resume")
     return report
+
+
+@dataclass(frozen=True)
+class Source:
+    """One text of a run.
+
+    Attributes:
+        parts: to train on.
+        heldout: to score on.
+        checksum: of text and vocabulary.
+    """
+
+    parts: list[Part]
+    heldout: TokenizedCorpus
+    checksum: str
+
+    @classmethod
+    def open(
+        cls,
+        sources: list[str],
+        tokenizer: Tokenizer,
+        config: PretrainConfig,
+        doc_sep: str,
+        say: Callable[[str], None],
+    ) -> Source:
+        """Map shards, or prepare text into some, and hold a part out."""
+        shards = shards_of(sources, tokenizer, doc_sep=doc_sep, say=say)
+        manifest, corpora = open_folder(shards, tokenizer.fingerprint, say=say)
+        parts, heldout_corpus = _split(config, manifest, corpora)
+        say(
+            f"{manifest.documents:,} documents, {manifest.tokens:,} tokens; "
+            f"{heldout_corpus.tokens:,} of them held out"
+        )
+        return cls(parts, heldout_corpus, manifest.checksum)
+
+    def scored(self, tokenizer: Tokenizer, config: PretrainConfig) -> list[PackedBatch]:
+        """The held-out text as batches, the same in every run."""
+        objective = Objective.parse(config.objective)
+        return heldout_pass(self.heldout, tokenizer, objective, config.max_seq_len)
 
 
 def _split(
@@ -339,14 +388,14 @@ class Text:
 
     Attributes:
         tokenizer: of all of it.
-        scored: held-out batches.
+        scored: held-out batches, by what their figures' names begin with: "" for the text's own.
         log_probabilities: [vocab_size] float64, the unigram's.
         batches: endless, from a state on, each with the position after it; to be closed.
         checksum: of text and vocabulary, where they are on disk.
     """
 
     tokenizer: Tokenizer
-    scored: list[PackedBatch]
+    scored: dict[str, list[PackedBatch]]
     log_probabilities: np.ndarray
     batches: Callable[[TrainState], Any]
     checksum: str = ""
@@ -375,7 +424,7 @@ def pretrain_corpus(
     stream_config = config.stream(default_device())
     text = Text(
         tokenizer,
-        heldout(heldout_corpus, tokenizer, stream_config.objective, config.max_seq_len),
+        {"": heldout(heldout_corpus, tokenizer, stream_config.objective, config.max_seq_len)},
         unigram_log_probabilities([train_corpus], tokenizer.vocab_size),
         lambda state: prefetch(
             PretrainingStream(train_corpus, tokenizer, stream_config, state.position)
@@ -401,10 +450,7 @@ def _pretrain_on(
     loop, stream_config = config.loop(), config.stream(device)
     dtype = compute_dtype(config.dtype, device)
     tokenizer = text.tokenizer
-    architecture = BertForPreTraining if stream_config.objective.pair else BertForMaskedLM
-    model = architecture.from_config(config.encoder(tokenizer.vocab_size), config.seed)
-    # a decoder that starts at the unigram need not spend its first steps on finding it
-    model.masked_lm.bias.data.copy_(torch.from_numpy(text.log_probabilities))
+    model = _model(config, text)
     objective = stream_config.objective
     model.loss_weights = (objective.mlm_weight, objective.pair_weight)
     model.encoder.recompute = config.recompute
@@ -430,6 +476,17 @@ def _pretrain_on(
         f"on {device.type} in {str(dtype).removeprefix('torch.')}, {stream_config.objective}, "
         f"{config.token_budget * config.accumulation:,} tokens a step"
     )
+
+    def evaluate() -> dict[str, float]:
+        return {
+            f"{name}{figure}": value
+            for name, batches in text.scored.items()
+            for figure, value in evaluate_pretraining(model, batches, dtype).items()
+        }
+
+    if config.model is not None and not state.step and ranks.first:
+        # what the weights know before they see this text
+        meter.evaluation(state, evaluate())
     before = state.tokens, state.seconds
     with closing(text.batches(state)) as batches:
         finished = train(
@@ -440,7 +497,7 @@ def _pretrain_on(
             state,
             meter,
             folder,
-            evaluate=lambda: evaluate_pretraining(model, text.scored, dtype),
+            evaluate=evaluate,
             ranks=ranks,
         )
     meter.close()
@@ -450,9 +507,9 @@ def _pretrain_on(
     if not ranks.first:
         return {}
     save_checkpoint(folder, state, model, optimizers)
-    figures = evaluate_pretraining(model, text.scored, dtype)
+    figures = evaluate()
     meter.evaluation(state, figures)
-    unigram = unigram_loss(text.scored, text.log_probabilities)
+    unigram = unigram_loss(text.scored[""], text.log_probabilities)
     model.save_pretrained(folder / MODEL_FOLDER)
     tokenizer.save_pretrained(folder / MODEL_FOLDER, model_max_length=config.max_seq_len)
     stream_config.objective.save(folder / MODEL_FOLDER, config.max_seq_len)
@@ -473,6 +530,37 @@ def _pretrain_on(
     picture = draw_curves(folder, title, baseline=unigram)
     say(_summary(report, config.objective, folder, picture))
     return report
+
+
+def _model(config: PretrainConfig, text: Text) -> BertForPreTraining | BertForMaskedLM:
+    """Fresh weights, or those of `--model`."""
+    objective = Objective.parse(config.objective)
+    architecture = BertForPreTraining if objective.pair else BertForMaskedLM
+    vocab_size = text.tokenizer.vocab_size
+    if config.model is None:
+        model = architecture.from_config(config.encoder(vocab_size), config.seed)
+        # a decoder that starts at the unigram need not spend its first steps on finding it
+        model.masked_lm.bias.data.copy_(torch.from_numpy(text.log_probabilities))
+        return model
+    folder = resolve_model(config.model)
+    saved = EncoderConfig.from_pretrained(folder)
+    refuse_foreign_tokenizer(vocab_size, saved, f"--model {config.model}")
+    if config.max_seq_len > saved.max_position_embeddings:
+        raise InputError(
+            f"--max-seq-len must be at most {saved.max_position_embeddings}, the positions of "
+            f"--model {config.model}, got {config.max_seq_len}"
+        )
+    if objective.pair and saved.pair_classes != objective.classes:
+        raise InputError(
+            f"--objective {config.objective}: --model {config.model} tells {saved.pair_classes} "
+            f"orders apart, not {objective.classes}"
+        )
+    changed = dataclasses.replace(
+        saved,
+        hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.dropout,
+    )
+    return architecture.from_pretrained(folder, config=changed, new_heads=True, seed=config.seed)
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
@@ -502,6 +590,11 @@ def _summary(report: dict[str, Any], objective: str, folder: Path, picture: Path
     if "pair_accuracy_heldout" in report:
         chance = 1.0 / Objective.parse(objective).classes
         lines[0] += f", pair accuracy {report['pair_accuracy_heldout']:.1%} (chance {chance:.0%})"
+    if "replay_mlm_loss_heldout" in report:
+        lines.append(
+            f"held out of --replay: masked-LM loss {report['replay_mlm_loss_heldout']:.3f} nats, "
+            f"masked accuracy {report['replay_masked_accuracy_heldout']:.1%}"
+        )
     lines.append(f"model in {folder / MODEL_FOLDER}")
     if picture is None:
         lines.append("no curves.png: matplotlib is not installed (pip install 'fastbert[plot]')")

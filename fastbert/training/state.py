@@ -184,10 +184,9 @@ def _write_checkpoint(
             with open(partial / name, "rb+") as file:
                 os.fsync(file.fileno())
         sums = {name: _checksum(partial / name) for name in tensors}
-        body = json.dumps({**raw, "files": sums}, indent=2)
+        content = {**raw, "files": sums}
         with atomic_write(partial / _STATE) as file:
-            # the first line vouches for the rest
-            file.write(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}\n")
+            json.dump({**content, "checksum": _checksum_of(content)}, file, indent=2)
         os.rename(partial, target)
         sync_folder(target.parent)
     except (OSError, SafetensorError) as error:
@@ -234,10 +233,9 @@ def load_checkpoint(
 
 def _read_checkpoint(path: Path, model: nn.Module, optimizers: Optimizers) -> TrainState:
     try:
-        checksum, _, body = (path / _STATE).read_text(encoding="utf-8").partition("\n")
-        if hashlib.sha256(body.rstrip("\n").encode()).hexdigest() != checksum:
+        raw = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        if raw.pop("checksum") != _checksum_of(raw):
             raise ValueError(f"{_STATE} does not fit its checksum")
-        raw = json.loads(body)
         for name, expected in raw.pop("files").items():
             if _checksum(path / name) != expected:
                 raise ValueError(f"{name} does not fit its checksum")
@@ -245,7 +243,15 @@ def _read_checkpoint(path: Path, model: nn.Module, optimizers: Optimizers) -> Tr
         model.load_state_dict(load_file(path / _MODEL))
         optimizers.load_state_tensors(load_file(path / _OPTIMIZER))
         return state
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: damaged checkpoint: {reason}") from None
 
@@ -284,6 +290,10 @@ def _checkpoints(folder: Path) -> list[Path]:
     if not parent.is_dir():
         return []
     return sorted(path for path in parent.iterdir() if re.fullmatch(r"step-\d+", path.name))
+
+
+def _checksum_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _checksum(path: Path) -> str:
