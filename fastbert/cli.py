@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_predict,
         _add_fill_mask,
         _add_evaluate,
+        _add_report,
         _add_doctor,
     ):
         add(commands)
@@ -340,6 +341,18 @@ def _evaluate(given: argparse.Namespace) -> None:
     )
     for name, value in figures.items():
         print(f"{name:<16} {value:.4f}")
+
+
+def _add_report(commands: Any) -> None:
+    parser = _command(commands, "report", _report, "several runs side by side, in one picture")
+    parser.add_argument("runs", nargs="+", help="folders of runs, finished or not")
+    parser.add_argument("--picture", help="a new .png: loss over tokens and over minutes")
+
+
+def _report(given: argparse.Namespace) -> None:
+    from fastbert.training.report import compare_runs
+
+    print("\n".join(compare_runs(given.runs, given.picture)))
 
 
 def _add_doctor(commands: Any) -> None:
