@@ -30,8 +30,9 @@ import torch
 from fastbert.bench import machine
 from fastbert.bench.timing import interleaved_ms, speedup, spread
 from fastbert.data.corpus import read_documents
-from fastbert.data.loader import Loader, Planner
+from fastbert.data.loader import Loader
 from fastbert.data.objectives import Objective
+from fastbert.data.plan import Planner
 from fastbert.data.prepare import BLOCK_CHARACTERS, prepare
 from fastbert.data.regions import Part
 from fastbert.data.shards import open_folder

@@ -11,9 +11,11 @@ import torch
 from tiny import random_corpus, tiny_corpus, tiny_tokenizer
 
 from fastbert.data import loader as module
+from fastbert.data import plan
 from fastbert.data.draws import Draws
-from fastbert.data.loader import Loader, Planned, Planner, one_pass
+from fastbert.data.loader import Loader, Planned, one_pass
 from fastbert.data.objectives import Objective
+from fastbert.data.plan import Planner
 from fastbert.data.regions import Part, hold_out
 from fastbert.data.samples import Samples
 from fastbert.data.stream import Position, StreamConfig
@@ -25,7 +27,7 @@ CONFIG = StreamConfig(Objective("sop"), token_budget=512, max_seq_len=64, seed=1
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
-    monkeypatch.setattr(module, "WINDOW_BATCHES", 9)
+    monkeypatch.setattr(plan, "WINDOW_BATCHES", 9)
 
 
 def parts() -> list[Part]:

@@ -144,6 +144,14 @@ def test_killed_processes_lose_unfinished_shards_alone(text, tmp_path, root):
     assert files(out) == files(tmp_path / "whole")
 
 
+def test_small_text_starts_no_processes(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_cores", lambda: 4)
+    monkeypatch.setattr(module, "worker_pool", lambda *_: pytest.fail("a pool was started"))
+    write(text, tmp_path / "shards", workers=None)
+    monkeypatch.setattr(module, "BYTES_A_PROCESS", 10_000)
+    assert module._worth(Manifest.load(tmp_path / "shards")) == 4
+
+
 def test_two_processes_do_not_share_a_folder(text, tmp_path):
     out = tmp_path / "shards"
     write(text, out)

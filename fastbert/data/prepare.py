@@ -38,6 +38,7 @@ from fastbert.tokenizer import Tokenizer
 SHARD_TOKENS = 1 << 25
 BLOCK_CHARACTERS = 1_000_000
 BLOCKS_IN_FLIGHT = 3
+BYTES_A_PROCESS = 2_000_000
 LINE_SECONDS = 15.0
 _HASH_BYTES = 1 << 22
 
@@ -115,7 +116,7 @@ def prepare(
         if manifest.shards:
             say(f"{folder}: going on after {len(manifest.shards)} finished shards")
         manifest.save(folder)
-        processes = workers if workers is not None else _cores()
+        processes = workers if workers is not None else _worth(manifest)
         began = time.monotonic()
         before = manifest.tokens
         with Encoder(tokenizer, processes) as encoder:
@@ -353,6 +354,14 @@ def _refuse_foreign(folder: Path) -> None:
         return
     if not all(map(is_leftover, folder.iterdir())):
         raise InputError(f"--out {folder}: is not empty; name a new folder")
+
+
+def _worth(manifest: Manifest) -> int:
+    """As many processes as there are cores, fewer for text that is read before they have begun."""
+    sizes = [source["bytes"] for source in manifest.sources]
+    if None in sizes:
+        return _cores()
+    return min(_cores(), 1 + sum(sizes) // BYTES_A_PROCESS)
 
 
 def _cores() -> int:
