@@ -237,8 +237,8 @@ def train(
             state.tokens += result.tokens
             state.position = window[-1][1]
             state.seconds = agreed.seconds if ranks.count > 1 else time.monotonic() - started
-            stop = agreed.stop if ranks.count > 1 else interruption.requested
             meter.step(state, result, optimizers.learning_rate(), config.budget)
+            stop = agreed.stop if ranks.count > 1 else interruption.requested
             checkpoint_due = state.seconds - saved >= 60.0 * config.checkpoint_minutes
             about_to_save = stop or checkpoint_due
             if about_to_save:
