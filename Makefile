@@ -26,8 +26,8 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow kill-test gpu-test gpu-bench compile-matrix bench support-table lint \
-	format clean clean-all
+.PHONY: help demo test test-slow kill-test gpu-test gpu-bench gpu-attention compile-matrix bench \
+	support-table lint format clean clean-all
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -50,6 +50,9 @@ gpu-test: ## what needs a GPU, tests and validator, with $PYTHON and what is ins
 
 gpu-bench: ## training steps and kernels beside their peers, with $PYTHON (RESULTS=folder)
 	$(PYTHON) -m fastbert.bench gpu-bench --results $(RESULTS)
+
+gpu-attention: ## attention beside its peers at lengths 32 to 8,192, with $PYTHON (RESULTS=folder)
+	$(PYTHON) -m fastbert.bench attention --results $(RESULTS)
 
 compile-matrix: $(STAMP)-test ## every kernel compiled for every GPU generation; needs no GPU
 	$(VENV_PYTHON) -m fastbert.bench validate --compile

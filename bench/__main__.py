@@ -18,6 +18,7 @@ COMMANDS = {
     "validate": ("fastbert.bench.validate", "every kernel against fp64; --compile without a GPU"),
     "kernels": ("fastbert.bench.kernels", "each operator beside its peers, on a GPU"),
     "masked-lm": ("fastbert.bench.masked_lm", "the masked-LM loss beside its peers"),
+    "attention": ("fastbert.bench.attention", "attention beside its peers, on a GPU"),
     "tune": ("fastbert.bench.tune", "launch configurations for this GPU"),
     "activations": ("fastbert.bench.activations", "bytes a layer keeps, a token"),
     "gpu-step": ("fastbert.bench.gpu_step", "a training step of base and large, on a GPU"),

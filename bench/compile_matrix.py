@@ -62,7 +62,15 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # measured faster
 NO_TENSOR_CORE = {("sm_75", "bfloat16"), ("sm_75", "float16")}
 INSTRUCTIONS = ("wgmma", "tcgen05.mma", "mma.sync", "v_mfma")
-MATRIX_KERNELS = {"linear_activation"}
+# kernels of matrix products, and how many each block of the tile walk may take: a product more is
+# as much time more
+MATRIX_KERNELS = {
+    "linear_activation": 1,
+    "attention_fwd": 2,
+    "attention_bwd_query": 3,
+    "attention_bwd_key": 4,
+    "attention_bwd_owned": 5,
+}
 SAFE_SHARED_KIB = 64
 
 _POINTERS = {
@@ -92,7 +100,7 @@ class Job:
     case: str
     dtype: str
     architecture: str
-    matrix: bool
+    products: int
     module: str
     function: str
     signature: dict[str, str]
@@ -111,6 +119,7 @@ class Row:
         spill_bytes: a thread, registers that went to memory.
         shared_bytes: a program.
         instruction: the tensor-core instruction found, or "".
+        products: matrix products in the loop body, or outside, that has most.
         failures: gates not passed; empty where all is well.
     """
 
@@ -123,6 +132,7 @@ class Row:
     spill_bytes: int
     shared_bytes: int
     instruction: str
+    products: int
     failures: tuple[str, ...]
 
 
@@ -192,7 +202,7 @@ def compile_job(job: Job) -> Row:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         launched = (job.num_warps, job.num_stages)
         failure = f"does not compile: {reason}"
-        return Row(job.case, job.dtype, job.architecture, *launched, 0, 0, 0, "", (failure,))
+        return Row(job.case, job.dtype, job.architecture, *launched, 0, 0, 0, "", 0, (failure,))
 
 
 def _compiled(job: Job) -> Row:
@@ -229,8 +239,21 @@ def _compiled(job: Job) -> Row:
         spill_bytes,
         compiled.metadata.shared,
         instruction,
+        products_in(compiled.asm["ttir"]),
         (),
     )
+
+
+def products_in(ttir: str) -> int:
+    """The most matrix products in any one region, a loop's body or what lies outside loops."""
+    most, open_regions = 0, [0]
+    for line in (line.strip() for line in ttir.splitlines()):
+        if line.startswith("}") and len(open_regions) > 1:
+            most = max(most, open_regions.pop())
+        open_regions[-1] += "= tt.dot " in line
+        if line.endswith("{"):
+            open_regions.append(0)
+    return max(most, *open_regions)
 
 
 def table(rows: list[Row]) -> str:
@@ -253,14 +276,16 @@ def _judged(row: Row, job: Job) -> Row:
     architecture = next(a for a in ARCHITECTURES if a.name == row.architecture)
     failures = []
     ordinary = row.dtype == "float32" or (row.architecture, row.dtype) in NO_TENSOR_CORE
-    exempt = job.matrix and ordinary
+    exempt = bool(job.products) and ordinary
     if row.spill_bytes and not exempt:
         failures.append(f"spills {row.spill_bytes} bytes a thread")
     if row.shared_bytes > architecture.shared_kib * KIB:
         failures.append(
             f"shared memory {row.shared_bytes / KIB:.1f} KiB, limit {architecture.shared_kib}"
         )
-    if job.matrix and not exempt and row.instruction != architecture.instruction:
+    if row.products != job.products:
+        failures.append(f"{row.products} matrix products, {job.products} are enough")
+    if job.products and not exempt and row.instruction != architecture.instruction:
         failures.append(f"no {architecture.instruction} instruction")
     return Row(**{**asdict(row), "failures": tuple(failures)})
 
@@ -290,7 +315,7 @@ def _job(case: Case, dtype: torch.dtype, architecture: str, call: launch.Recorde
         label if part == case.kernel else f"{label}:{part}",
         str(call.arguments[0].dtype).removeprefix("torch."),
         architecture,
-        part in MATRIX_KERNELS,
+        MATRIX_KERNELS.get(part, 0),
         kernel.fn.__module__,
         function,
         signature,
@@ -316,7 +341,7 @@ def _identity(job: Job) -> str:
 def _key(job: Job) -> str:
     import triton
 
-    parts = (triton.__version__, _kernel(job).cache_key, _identity(job), "1")
+    parts = (triton.__version__, _kernel(job).cache_key, _identity(job), "2")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert.bench import head_cases
+from fastbert.bench import attention_cases, head_cases
 from fastbert.bench.compile_matrix import Case
 
 WIDTHS = (32, 128, 384, 768, 1024, 1000, 2048, 4096, 5000, 8192)
@@ -22,7 +22,7 @@ DROPOUT = 0.1
 
 def cases() -> list[Case]:
     """Every shipped kernel in every variant; the quick ones are marked."""
-    found = head_cases.cases()
+    found = attention_cases.cases() + head_cases.cases()
     for width in WIDTHS:
         for variant in NORM_VARIANTS if width == BASE else NORM_VARIANTS[:1]:
             quick = width == BASE and variant == NORM_VARIANTS[0]

@@ -20,9 +20,11 @@ from tqdm import tqdm
 from fastbert.bench import gpu
 from fastbert.errors import InputError
 from fastbert.files import atomic_write
-from fastbert.kernels import launch
+from fastbert.kernels import attention_launch, launch
+from fastbert.kernels.attention_launch import HEAD_DIMS
 from fastbert.kernels.checks import NO_DRAW
 from fastbert.kernels.launch import Launch, Measured
+from fastbert.kernels.layout import OWNED_BLOCKS, Layout
 
 ROWS = 16384
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -55,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     widths = options.widths or WIDTHS
     subjects = [s for dtype in DTYPES for w in widths for s in subjects_of(w, dtype, "cuda")]
     subjects += [s for dtype in DTYPES for s in _cross_entropy_subjects(dtype, "cuda")]
+    for dtype, head_dim in itertools.product(DTYPES[:2], HEAD_DIMS):
+        subjects += attention_subjects(head_dim, dtype, "cuda")
     rows = tune(subjects, gpu.time_ms, torch.cuda.get_device_name())
     print(f"{launch.override_path()}: {write(rows)} rows")
     return 0
@@ -90,6 +94,9 @@ def write(rows: dict[Key, Measured]) -> int:
 
 def candidates(kernel: str, size: int) -> Iterator[Launch]:
     """Configurations worth a try; the default is among them."""
+    if kernel.startswith("attention_"):
+        yield from _attention_candidates(kernel, size)
+        return
     yield launch.default(kernel, size)
     if kernel.startswith(("layer_norm", "embedding")):
         columns = launch.chunk_columns(size)
@@ -117,6 +124,58 @@ def candidates(kernel: str, size: int) -> Iterator[Launch]:
     elif kernel == "linear_activation":
         for rows, columns, stages in itertools.product((64, 128), (128, 256), (3, 4)):
             yield Launch(rows, columns, 64, 8, stages, programs_per_processor=1)
+
+
+def _attention_candidates(kernel: str, head_dim: int) -> Iterator[Launch]:
+    default = attention_launch.default(kernel, head_dim, 2)
+    if default is not None:
+        yield default
+    if kernel.startswith("attention_bwd_owned"):
+        block = int(kernel.rsplit("_", 1)[1])
+        for warps in (4, 8):
+            yield Launch(block, block, num_warps=warps, num_stages=1)
+        return
+    block = int(kernel.rsplit("_", 1)[1]) if "owned" in kernel else 0
+    for rows, columns, stages in itertools.product((64, 128), (32, 64, 128), (1, 2, 3)):
+        if block in (0, rows):
+            yield Launch(rows, columns, num_warps=rows // 16, num_stages=stages)
+
+
+def attention_subjects(head_dim: int, dtype: torch.dtype, device: str) -> Iterator[Subject]:
+    """Attention's kernels at one head size, on sequences of each path's longest length."""
+    from fastbert.kernels import attention, attention_backward
+
+    heads = 768 // head_dim
+    qkv = torch.randn(ROWS, 3, heads, head_dim, device=device, dtype=dtype)
+    query, key, value = qkv.unbind(1)
+    dout = torch.randn_like(query)
+    for length in (512, *OWNED_BLOCKS):
+        bounds = torch.arange(0, ROWS + 1, length, dtype=torch.int32)
+        layout = Layout(bounds, ROWS, length).to(device)
+        rows, tiles, block = layout.rows(), layout.tiles(), layout.block or 0
+        context: dict[str, Any] = {
+            "starts": rows.starts,
+            "ends": rows.ends,
+            "tiles": tiles,
+            "block": block,
+            "softmax_scale": head_dim**-0.5,
+            **dict.fromkeys(("alibi_slopes", "before", "after", "words", "state")),
+            **dict.fromkeys(("layer", "site", "dropout_p"), 0),
+        }
+        end = f"_owned_{block}" if block else ""
+
+        def forward(context: dict[str, Any] = context) -> Any:
+            return attention.attention_fwd(query, key, value, **context)
+
+        out, lse = forward()
+        behind = {**context, "dout": dout, "dlse": None, "out": out, "lse": lse}
+
+        def backward(context: dict[str, Any] = behind) -> Any:
+            return attention_backward.attention_bwd(query=query, key=key, value=value, **context)
+
+        yield Subject(f"attention_fwd{end}", head_dim, qkv, forward)
+        for kernel in (f"bwd{end}",) if block else ("bwd_query", "bwd_key"):
+            yield Subject(f"attention_{kernel}", head_dim, qkv, backward)
 
 
 def subjects_of(width: int, dtype: torch.dtype, device: str) -> Iterator[Subject]:

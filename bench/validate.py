@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert.bench import compile_matrix, head_checks, kernel_cases
+from fastbert.bench import attention_checks, compile_matrix, head_checks, kernel_cases
 from fastbert.bench.parity import Parity
 from fastbert.errors import InputError
 from fastbert.kernels import launch, ops
@@ -29,8 +29,6 @@ from fastbert.kernels.ops import Rng
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SEEDS = range(5)
 DROPOUT = 0.1
-# operators that have no kernel of their own yet
-WITHOUT_KERNEL = ("attention",)
 
 ROWS = (0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 511, 512, 513, 4096)
 # every variant at these sizes, at the others the one that has everything: compilation takes longer
@@ -84,7 +82,7 @@ def operators() -> list[str]:
 
 def checks(*, small: bool) -> Iterator[Check]:
     """Every operator that has a kernel, over the shape classes; `small` for the interpreter."""
-    for parts in head_checks.checks(small=small):
+    for parts in (*attention_checks.checks(small=small), *head_checks.checks(small=small)):
         yield Check(*parts)
     if small:
         for shape in SMALL_NORMS:
@@ -142,7 +140,6 @@ def _validate(options: argparse.Namespace) -> int:
     say(ops.describe(device))
     if not on_gpu:
         say("no GPU: small shapes through Triton's interpreter; on a card, run this again there")
-    say(f"no kernel yet, PyTorch on every device: {', '.join(WITHOUT_KERNEL)}")
     say(
         f"{'operator':<22} {'variant':<18} {'dtype':<9} {'shape':<18} "
         f"{'error':>9} {'PyTorch':>9} {'ratio':>6} {'of bound':>8}"

@@ -33,7 +33,7 @@ BENCH = {
     "validate": "every kernel against fp64 on this machine; --compile needs no GPU",
     "parity": "a model folder computed by us and by transformers: differences a dtype",
     "tune": "measure launch configurations on this GPU",
-    "bench": "measurements: drop-in, kernels, loader, masked-lm, train-step",
+    "bench": "measurements: attention, drop-in, kernels, loader, masked-lm, train-step",
 }
 
 

@@ -209,6 +209,9 @@ class Encoder(nn.Module):
         if rng and batch.sample_ids is not None:
             of_stream = batch.layout.rows()
             rng = rng.rows(of_stream.sample_ids, of_stream.positions)
+        if rng and self.config.attention_probs_dropout_prob > 0.0:
+            heads = self.config.num_attention_heads
+            rng = ops.with_attention_words(rng, batch.capacity, heads, batch.input_ids.device)
         return rng
 
     def selected(

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from fastbert.kernels import reference_attention
-from fastbert.kernels.checks import check_dropout, compute_dtype, no_autocast
+from fastbert.kernels import launch, reference_attention
+from fastbert.kernels.attention_launch import HEAD_DIMS
+from fastbert.kernels.checks import (
+    check_dropout,
+    check_kernel_inputs,
+    compute_dtype,
+    no_autocast,
+)
 from fastbert.kernels.layout import Layout
-from fastbert.kernels.philox import Rng
+from fastbert.kernels.philox import Rng, check_rows
 from fastbert.kernels.reference_attention import Plan
+
+# kernels number the elements of a tile of up to 128 rows in 32 bits
+MAX_ROW_STRIDE = 1 << 24
 
 
 class Attended(NamedTuple):
@@ -92,10 +102,13 @@ def attention(
 
     Returns:
         [tokens, heads, head_dim]; rows past the last sequence are zero and get zero gradient.
+        A NaN or Inf inside a sequence stays in that sequence on the reference path; the kernels
+        may hand it to sequences in the same tile, and to none further away.
 
     Raises:
         ValueError: shapes that do not fit, dropout_p or window out of range, wrong cu_seqlens
-            (where they lie on the host; Layout.check() asks a device).
+            (where they lie on the host; Layout.check() asks a device). The kernels take head_dim
+            32, 64, 96 and 128.
     """
     if query.dim() != 3 or not query.shape == key.shape == value.shape:
         raise ValueError(
@@ -113,11 +126,7 @@ def attention(
         alibi_slopes,
         return_lse,
     )
-    dtype = compute_dtype(query)
-    with no_autocast(query):
-        output, lse = reference_attention.attention(
-            query.to(dtype), key.to(dtype), value.to(dtype), plan
-        )
+    output, lse = _attended("attention", {"query": query, "key": key, "value": value}, plan)
     return Attended(output, lse) if return_lse else output
 
 
@@ -154,10 +163,26 @@ def fused_qkv_attention(
         alibi_slopes,
         False,
     )
-    dtype = compute_dtype(qkv)
-    with no_autocast(qkv):
-        output, _ = reference_attention.fused_qkv_attention(qkv.to(dtype), plan)
+    output, _ = _attended("fused_qkv_attention", {"qkv": qkv}, plan)
     return output
+
+
+def with_attention_words(rng: Rng, tokens: int, heads: int, device: torch.device) -> Rng:
+    """The rng with the words that attention's masks need, one draw for all layers of a step.
+
+    Where attention runs as PyTorch nothing is drawn ahead, and the rng comes back as it is.
+
+    Args:
+        rng: with the rows' coordinates.
+        tokens, heads: of the attention to come.
+        device: where it runs.
+    """
+    if not launch.uses_triton(torch.empty(0, device=device)):
+        return rng
+    check_rows("with_attention_words", rng, tokens)
+    state, ids = rng.device_state(device), rng.sequence_ids
+    words = _kernels(state).attention_words(state, ids, rng.positions, tokens, heads)
+    return replace(rng, words=words)
 
 
 def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
@@ -193,7 +218,50 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
         )
     dtype = compute_dtype(qkv)
     with no_autocast(qkv):
-        return reference_attention.rotary(qkv.to(dtype), cos, sin, positions)
+        if not launch.uses_triton(qkv):
+            return reference_attention.rotary(qkv.to(dtype), cos, sin, positions)
+        check_kernel_inputs("rotary", qkv=qkv)
+        tables = (table.detach().to(qkv.device, torch.float32).contiguous() for table in (cos, sin))
+        turned: Tensor = _kernels(qkv).turned(qkv.to(dtype), *tables, positions)
+        return turned
+
+
+def _attended(operator: str, tensors: dict[str, Tensor], plan: Plan) -> tuple[Tensor, Tensor]:
+    """On the path that the tensors' device takes: query, key and value, or one projection."""
+    first = next(iter(tensors.values()))
+    dtype = compute_dtype(first)
+    with no_autocast(first):
+        if not launch.uses_triton(first):
+            return reference_attention.attend(plan, *(t.to(dtype) for t in tensors.values()))
+        _check_kernel_inputs(operator, tensors)
+        if plan.rng is not None:
+            check_rows(operator, plan.rng, first.shape[0])
+        cast = tuple(tensor.to(dtype) for tensor in tensors.values())
+        return _kernels(first).attended(cast, plan)  # type: ignore[no-any-return]
+
+
+def _check_kernel_inputs(operator: str, tensors: dict[str, Tensor]) -> None:
+    check_kernel_inputs(operator, **tensors)
+    for name, tensor in tensors.items():
+        if tensor.shape[-1] not in HEAD_DIMS:
+            raise ValueError(
+                f"{operator}: head_dim must be one of {', '.join(map(str, HEAD_DIMS))} for Triton, "
+                f"got {tensor.shape[-1]}; use_backend('reference') takes any"
+            )
+        if tensor.stride(0) >= MAX_ROW_STRIDE:
+            raise ValueError(
+                f"{operator}: rows of {name} must lie less than {MAX_ROW_STRIDE} elements apart, "
+                f"got {tensor.stride(0)}; call .contiguous()"
+            )
+
+
+def _kernels(tensor: Tensor) -> Any:
+    if not torch.compiler.is_compiling():
+        launch.require_triton(tensor.device.type)
+    # where Triton is missing, and on CPUs, none of this is ever imported
+    from fastbert.kernels import autograd_attention
+
+    return autograd_attention
 
 
 def _layout(cu_seqlens: Tensor, tensor: Tensor) -> Layout:
@@ -226,5 +294,5 @@ def _plan(
             )
         if torch.is_grad_enabled() and alibi_slopes.requires_grad:
             raise ValueError(f"{operator}: alibi_slopes have no gradient: detach them")
-    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
     return Plan(layout, scale, dropout_p, rng, window, alibi_slopes, wants_lse)

@@ -9,6 +9,8 @@ from fastbert.kernels import philox
 
 ROUNDS: tl.constexpr = tl.constexpr(philox.ROUNDS)
 COLUMNS_PER_CALL: tl.constexpr = tl.constexpr(philox.COLUMNS_PER_CALL)
+HASH_A: tl.constexpr = tl.constexpr(philox.HASH_A)
+HASH_B: tl.constexpr = tl.constexpr(philox.HASH_B)
 
 
 @triton.jit
@@ -62,3 +64,36 @@ def keep_factors(
     halves = tl.join(words & 0xFFFF, words >> 16)
     bits = tl.reshape(halves, [sequence.shape[0], COLUMNS])
     return tl.where(bits >= THRESHOLD, SCALE, 0.0)
+
+
+@triton.jit
+def layer_word(state_ptr, layer, site):
+    """The uint32 word that tells attention's draws of one step apart."""
+    seed = tl.load(state_ptr)
+    step = tl.load(state_ptr + 1).to(tl.int32)
+    _, _, word, _ = tl.philox(
+        seed, step, layer.to(tl.int32), site.to(tl.int32), tl.full([], 0, tl.int32), ROUNDS
+    )
+    return word.to(tl.uint32)
+
+
+@triton.jit
+def token_words(state_ptr, sequence, position, head):
+    """Each token's uint32 word as a query and as a key of attention, for all layers of a step."""
+    seed = tl.load(state_ptr)
+    step = tl.load(state_ptr + 1).to(tl.int32)
+    zero = tl.full([], 0, tl.int32)
+    first, second, _, _ = tl.philox(seed, step, zero, zero, zero + 1, ROUNDS)
+    key = first.to(tl.uint64) | (second.to(tl.uint64) << 32)
+    none = tl.zeros_like(position)
+    as_query, as_key, _, _ = tl.philox(key, none + head, position, sequence, none, ROUNDS)
+    return as_query.to(tl.uint32), as_key.to(tl.uint32)
+
+
+@triton.jit
+def keep_scores(row_words, column_words, THRESHOLD: tl.constexpr):
+    """[rows, columns] bool: which scores dropout keeps; either side may be the queries."""
+    word = row_words[:, None] ^ column_words[None, :]
+    word = (word ^ (word >> 16)) * HASH_A
+    word = (word ^ (word >> 15)) * HASH_B
+    return word >= THRESHOLD

@@ -215,6 +215,10 @@ def default(kernel: str, size: int) -> Launch:
         return Launch(rows=8, columns=_columns(size, 128), num_warps=4)
     if kernel == "linear_activation":
         return Launch(64, 64, inner=32, num_warps=4, num_stages=3, programs_per_processor=2)
+    if kernel == "rotary":
+        return Launch(rows=2048 // (1 << (size - 1).bit_length()), columns=size, num_warps=4)
+    if kernel == "attention_words":
+        return Launch(rows=256, columns=1, num_warps=4)
     if kernel == "column_sum":
         return Launch(rows=32, columns=32, num_warps=4)
     if kernel == "run_sums":

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from fastbert.kernels import launch, reference
-from fastbert.kernels.attention_ops import Attended, attention, fused_qkv_attention, rotary
+from fastbert.kernels.attention_ops import (
+    Attended,
+    attention,
+    fused_qkv_attention,
+    rotary,
+    with_attention_words,
+)
 from fastbert.kernels.checks import (
     check_activation,
     check_dropout,
@@ -49,6 +55,7 @@ __all__ = [
     "masked_lm_loss",
     "rotary",
     "use_backend",
+    "with_attention_words",
 ]
 
 

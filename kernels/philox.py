@@ -13,11 +13,14 @@ A draw is named by logical coordinates, never by tiles. Two ways to draw:
   half first. A column is kept where its 16 bits reach the threshold.
 
   Attention's scores have a query and a key, and keys start anywhere in a tile, so that neighbours
-  cannot share a call. Each token draws a word for each of its two parts, a hash mixes the words of
-  a pair, and the score is kept where all 32 bits reach the threshold:
+  cannot share a call. Each token draws a word for each of its two parts, once for all layers of a
+  step; each layer and call site draws one; a hash mixes the words of a pair with the layer's, and
+  the score is kept where all 32 bits reach the threshold:
 
-      as_query, as_key, _, _ = philox(counter=(head, position, sequence id, 0), key=subkey)
-      bits = hash32(as_query ^ as_key)
+      as_query, as_key, _, _ = philox((head, position, sequence id, 0), key=stepkey)
+      stepkey  = philox(counter=(step, 0, 0, 1), key=seed), first two words
+      of_layer = philox(counter=(step, layer, site, 0), key=seed), third word
+      bits = hash32(as_query ^ as_key ^ of_layer)
 """
 
 from __future__ import annotations
@@ -59,6 +62,8 @@ class Rng:
         positions: [rows] int32, each row's place in its sequence; the row number where None.
         state: [3] int64 (seed, step, micro_batch) on the device of the draw. Kernels read it
             there, so that a replayed CUDA graph draws fresh masks once it is written to.
+        words: [2, heads, rows] int32 of attention, drawn once for all layers of a step by
+            ops.with_attention_words; a call draws its own where None.
     """
 
     seed: int
@@ -70,6 +75,7 @@ class Rng:
     sequence_ids: Tensor | None = field(default=None, compare=False, repr=False)
     positions: Tensor | None = field(default=None, compare=False, repr=False)
     state: Tensor | None = field(default=None, compare=False, repr=False)
+    words: Tensor | None = field(default=None, compare=False, repr=False)
 
     def at(self, layer: int, site: int = 0) -> Rng:
         """The same step's numbers for another layer and call site."""
@@ -77,7 +83,7 @@ class Rng:
 
     def rows(self, sequence_ids: Tensor | None, positions: Tensor | None) -> Rng:
         """The same draw with these rows' coordinates, or None to number the rows."""
-        return replace(self, sequence_ids=sequence_ids, positions=positions)
+        return replace(self, sequence_ids=sequence_ids, positions=positions, words=None)
 
     def select(self, rows: Tensor) -> Rng:
         """The same draw for these of its rows, [selected] int64: each keeps its coordinates."""
@@ -160,8 +166,9 @@ def score_words(
     check_rows("attention", rng, token_count)
     sequence, position = _coordinates(rng, token_count, device)
     head = torch.arange(heads, device=device)[:, None]
-    as_query, as_key, _, _ = philox((head, position, sequence, torch.zeros_like(head)), _key(rng))
-    return as_query, as_key
+    key = _words_of(rng, 0, 0, 1)[:2]
+    as_query, as_key, _, _ = philox((head, position, sequence, torch.zeros_like(head)), key)
+    return as_query ^ _words_of(rng, rng.layer, rng.site, 0)[2], as_key
 
 
 def score_mask(as_query: Tensor, as_key: Tensor, dropout_p: float) -> Tensor:
@@ -205,20 +212,26 @@ def check_rows(operator: str, rng: Rng, row_count: int) -> None:
 
 def subkey(rng: Rng) -> tuple[int, int]:
     """The key of one layer's and call site's draw."""
-    counter = tuple(torch.tensor(value) for value in (rng.step, rng.layer, rng.site, 0))
-    seed = rng.seed & _MASK
-    first, second, _, _ = philox(counter, (seed & _WORD, seed >> 32))  # type: ignore[arg-type]
+    first, second, _, _ = _words_of(replace(rng, state=None), rng.layer, rng.site, 0)
     return int(first), int(second)
 
 
 def _key(rng: Rng) -> tuple[int, int] | tuple[Tensor, Tensor]:
-    """`subkey`, from the state where there is one: a replayed CUDA graph then draws anew."""
+    """`subkey`, from the state where there is one."""
+    return subkey(rng) if rng.state is None else _words_of(rng, rng.layer, rng.site, 0)[:2]
+
+
+def _words_of(rng: Rng, layer: int, site: int, last: int) -> Words:
+    """Words of the step, from the state where there is one: a replayed CUDA graph draws anew."""
+    key: tuple[int, int] | tuple[Tensor, Tensor]
     if rng.state is None:
-        return subkey(rng)
-    seed, step = rng.state[0], rng.state[1]
-    layer, site, zero = (torch.full_like(step, word) for word in (rng.layer, rng.site, 0))
-    first, second, _, _ = philox((step, layer, site, zero), (seed & _WORD, (seed >> 32) & _WORD))
-    return first, second
+        step = torch.tensor(rng.step)
+        key = (rng.seed & _WORD, ((rng.seed & _MASK) >> 32))
+    else:
+        seed, step = rng.state[0], rng.state[1]
+        key = (seed & _WORD, (seed >> 32) & _WORD)
+    layer_word, site_word, last_word = (torch.full_like(step, n) for n in (layer, site, last))
+    return philox((step, layer_word, site_word, last_word), key)
 
 
 def philox(

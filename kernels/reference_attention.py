@@ -29,17 +29,14 @@ class Plan(NamedTuple):
     wants_lse: bool = False
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+def attend(plan: Plan, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     """softmax(scale q k' + bias) v within each sequence, and its log-sum-exp [heads, tokens].
 
-    Rows of no sequence are zero, and -inf in the log-sum-exp, which is empty where not wanted.
+    Takes query, key and value, or one projection [tokens, 3, heads, head_dim], whose gradient is
+    one tensor too. Rows of no sequence are zero, and -inf in the log-sum-exp, which is empty where
+    not wanted.
     """
-    return _Attention.apply(plan, query, key, value)
-
-
-def fused_qkv_attention(qkv: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """The same on [tokens, 3, heads, head_dim], whose gradient is one tensor too."""
-    return _Attention.apply(plan, qkv)
+    return _Attention.apply(plan, *tensors)
 
 
 def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
@@ -69,7 +66,7 @@ class _Attention(torch.autograd.Function):
             q, k, v = (_gather(tensor, group) for tensor in (query, key, value))
             scores = _scores(q, k, group, plan)
             probabilities = torch.softmax(scores, dim=-1)
-            kept = probabilities if mask is None else probabilities * mask
+            kept = _masked(probabilities, mask)
             _scatter(output, group, kept @ v)
             if plan.wants_lse:
                 _scatter(lse, group, torch.logsumexp(scores.to(wide), dim=-1, keepdim=True))
@@ -99,9 +96,9 @@ class _Attention(torch.autograd.Function):
                 # a second derivative needs the probabilities as a function of q and k
                 probabilities = torch.softmax(_scores(q, k, group, plan), dim=-1)
             grad = _without_padding(grad, group)
-            kept = probabilities if mask is None else probabilities * mask
+            kept = _masked(probabilities, mask)
             grad_kept = grad @ v.transpose(-1, -2)
-            grad_probabilities = grad_kept if mask is None else grad_kept * mask
+            grad_probabilities = _masked(grad_kept, mask)
             grad_scores = torch.ops.aten._softmax_backward_data(
                 grad_probabilities, probabilities, -1, probabilities.dtype
             )
@@ -134,16 +131,20 @@ def _attention_masks(plan: Plan, like: Tensor) -> list[Tensor | None]:
     assert rng is not None
     if rng.exact or like.is_cuda:
         as_query, as_key = score_words(rng, tokens, heads, like.device)
-        masks = [
+        # fp32 for 16-bit inputs too, in which the scale would be rounded, and the mean with it
+        return [
             score_mask(_words_of(as_query, group), _words_of(as_key, group), plan.dropout_p)
             for group in groups
         ]
-        return [mask.to(like.dtype) for mask in masks]
     shapes = [(g.sequences, heads, g.length, g.length) for g in groups]
     sizes = [math.prod(shape) for shape in shapes]
     flat = keep_mask((sum(sizes),), plan.dropout_p, rng, like)
     parts = torch.split(flat, sizes)
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
+    return values if mask is None else (values * mask).to(values.dtype)
 
 
 def _words_of(words: Tensor, group: Group) -> Tensor:

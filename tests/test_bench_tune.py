@@ -107,6 +107,17 @@ def test_the_default_is_among_the_candidates(kernel):
     assert found[0] == launch.default(kernel, WIDTH) and len(found) > 4
 
 
+@pytest.mark.parametrize(
+    "kernel", ["attention_fwd", "attention_fwd_owned_128", "attention_bwd_owned_128"]
+)
+def test_attention_has_candidates_even_without_a_default(kernel):
+    found = list(tune.candidates(kernel, 64))
+    assert len(set(found)) >= 2
+    if "owned" in kernel:
+        # a tile that owns its sequences has their longest length
+        assert {launched.rows for launched in found} == {128}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
 def test_without_a_gpu_one_line_says_so(capsys):
     assert bench.main(["tune"]) == 2

@@ -7,12 +7,14 @@ import itertools
 
 import pytest
 import torch
+from oracle import check_operator
 from tiny import random_corpus, tiny_tokenizer
 
 from fastbert.config import EncoderConfig
 from fastbert.data.objectives import Objective
 from fastbert.data.stream import PretrainingStream, StreamConfig
 from fastbert.kernels import launch, ops
+from fastbert.kernels.layout import Layout
 from fastbert.kernels.philox import Rng
 from fastbert.models import BertForPreTraining
 from fastbert.training.loss_scale import LossScale
@@ -133,3 +135,94 @@ def test_a_captured_step_is_the_eager_one_and_neither_waits_for_the_device(name,
     assert eager.keys() == graph.keys()
     for key, value in eager.items():
         assert torch.equal(value, graph[key]), key
+
+
+def attention_layout(lengths: list[int], max_seqlen: int) -> Layout:
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    ids = torch.arange(len(lengths)) + 3
+    return Layout(bounds, ROWS, max_seqlen, ids).to("cuda")
+
+
+def attention_step(qkv: torch.Tensor, layout: Layout, rng: Rng) -> list[torch.Tensor]:
+    rows = layout.rows()
+    rng = rng.rows(rows.sample_ids, rows.positions)
+    output = ops.fused_qkv_attention(qkv, layout.cu_seqlens, layout=layout, dropout_p=0.1, rng=rng)
+    return [output.detach(), *torch.autograd.grad(output, qkv, torch.ones_like(output))]
+
+
+# lengths of equal number for tiles of their own, 64 and 128 rows, and for flat ones
+BATCHES = [
+    ([50] * 40 + [64] * 10, [7] * 49 + [0], 64),
+    ([128] * 12 + [100] * 8, [1] * 19 + [128], 128),
+    ([512] * 4 + [1] * 6, [13, 1, 900, 0, 512, 300, 1, 1, 64, 65], 1024),
+]
+
+
+@pytest.mark.parametrize("captured, replayed, max_seqlen", BATCHES)
+def test_a_captured_attention_replays_with_other_lengths(captured, replayed, max_seqlen):
+    layout = attention_layout(captured, max_seqlen)
+    other = attention_layout(replayed, max_seqlen)
+    qkv = torch.randn(ROWS, 3, 12, 64, device="cuda").bfloat16().requires_grad_()
+    rng = Rng(seed=1).on("cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            attention_step(qkv, layout, rng)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = attention_step(qkv, layout, rng)
+    layout.copy_(other)
+    rng.state.copy_(torch.tensor([1, 9, 0]))
+    graph.replay()
+    expected = attention_step(qkv, other, Rng(seed=1, step=9).on("cuda"))
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("lengths, _, max_seqlen", BATCHES)
+def test_attention_never_differs(lengths, _, max_seqlen):
+    layout = attention_layout(lengths, max_seqlen)
+    qkv = torch.randn(ROWS, 3, 12, 64, device="cuda").bfloat16().requires_grad_()
+    rng = Rng(seed=1).on("cuda")
+    first = attention_step(qkv, layout, rng)
+    for _ in range(REPEATS):
+        again = attention_step(qkv, layout, rng)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_a_layout_made_on_the_device_waits_for_nothing():
+    bounds = torch.tensor([0, 60, 61, 61, 100], dtype=torch.int32, device="cuda")
+    expected = Layout(bounds.cpu(), 130, 64)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layout = Layout(bounds, 130, 64)
+        rows, tiles = layout.rows(), layout.tiles()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert torch.equal(torch.stack(rows[:3]).cpu(), torch.stack(expected.rows()[:3]))
+    assert torch.equal(tiles.cpu(), expected.tiles())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_long_sequences_beside_short_ones(dtype):
+    lengths = [1, 8192, 1, 1, 700, 512, 1]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    layout = Layout(bounds, sum(lengths) + 60, 8192).to("cuda")
+    rng = Rng(seed=1, exact=True).on("cuda")
+
+    def call(backend):
+        def on_backend(qkv):
+            with ops.use_backend(backend):
+                return ops.fused_qkv_attention(
+                    qkv, layout.cu_seqlens, layout=layout, dropout_p=0.1, rng=rng
+                )
+
+        return on_backend
+
+    def inputs(generator):
+        shape = (layout.capacity, 3, 2, 64)
+        return {"qkv": torch.randn(*shape, generator=generator, dtype=torch.float64)}
+
+    check_operator(call("triton"), call("reference"), inputs, dtype, device="cuda")

@@ -13,6 +13,8 @@ from fastbert.kernels.philox import (
     keep_scale,
     keep_threshold,
     philox,
+    score_mask,
+    score_words,
     subkey,
 )
 
@@ -141,3 +143,92 @@ def test_the_state_decides_where_the_numbers_are_stale():
     rng.state.copy_(torch.tensor([1, 6, 0]))
     fresh = Rng(seed=1, step=6, micro_batch=0)
     assert torch.equal(exact_mask((9, 20), 0.3, rng), exact_mask((9, 20), 0.3, fresh))
+
+
+def score_signs(rng: Rng, tokens: int = 256, heads: int = 4) -> torch.Tensor:
+    """[heads, tokens, tokens], +1 where a score of one long sequence is kept at one half."""
+    mask = score_mask(*score_words(rng, tokens, heads), 0.5)
+    return (mask > 0).double() * 2 - 1
+
+
+def assert_balanced(product: torch.Tensor) -> None:
+    # a sum of n signs has a standard deviation of sqrt(n)
+    assert abs(product.sum().item()) <= 5 * math.sqrt(product.numel())
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9])
+def test_the_mean_keep_rate_of_scores_is_within_five_sigma(dropout_p):
+    mask = score_mask(*score_words(Rng(seed=1), 512, 4), dropout_p)
+    scale = keep_scale(dropout_p, 32)
+    kept, count = (mask > 0).sum().item(), mask.numel()
+    assert abs(kept - count / scale) <= 5 * math.sqrt(count / scale * (1 - 1 / scale))
+    assert set(mask.unique().tolist()) == {0.0, torch.tensor(scale).item()}
+    # no row and no column is luckier than chance allows, over all of them
+    for axis in (-1, -2):
+        share = (mask > 0).double().mean(axis)
+        sigma = math.sqrt(1 / scale * (1 - 1 / scale) / 512)
+        assert (share - 1 / scale).abs().max() <= 6 * sigma
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 1e-6, 0.1, 0.5, 0.999])
+def test_scale_and_threshold_of_scores_agree(dropout_p):
+    kept = 2**32 - keep_threshold(dropout_p, 32)
+    assert kept * keep_scale(dropout_p, 32) == pytest.approx(2**32)
+    assert abs(keep_threshold(dropout_p, 32) / 2**32 - dropout_p) <= 2**-32
+
+
+@pytest.mark.parametrize(
+    "row_shift, column_shift", [(0, 1), (1, 0), (1, 1), (0, 8), (64, 0), (7, 5)]
+)
+def test_neighbouring_scores_are_uncorrelated(row_shift, column_shift):
+    signs = score_signs(Rng(seed=2))
+    there = signs.roll((row_shift, column_shift), (1, 2))
+    assert_balanced(signs * there)
+    # keys are no mirror of queries
+    assert_balanced((signs * signs.mT)[:, torch.ones(256, 256).triu(1).bool()])
+
+
+def test_heads_and_draws_of_scores_are_uncorrelated():
+    signs = score_signs(Rng(seed=2))
+    for left, right in itertools.combinations(signs, 2):
+        assert_balanced(left * right)
+    rngs = [
+        Rng(seed=seed, step=step, micro_batch=micro_batch, layer=layer, site=site)
+        for seed, step, micro_batch, layer, site in itertools.product((3, 4), *4 * [(0, 1)])
+    ]
+    draws = [score_signs(rng, 96, 1) for rng in rngs]
+    for left, right in itertools.combinations(draws, 2):
+        assert_balanced(left * right)
+
+
+@pytest.mark.parametrize("shift", [1, 2, 16])
+def test_four_scores_of_two_rows_and_two_columns_are_independent(shift):
+    """Their words cancel out when mixed by xor, so that a weak hash would show here."""
+    signs = score_signs(Rng(seed=6), 512)
+    rows = signs * signs.roll(shift, 1)
+    assert_balanced(rows * rows.roll(1, 2))
+    # and those of two layers and two rows, whose words cancel out too
+    other = score_signs(Rng(seed=6, layer=1), 512)
+    assert_balanced(rows * other * other.roll(shift, 1))
+    # the bits near the threshold of one in ten as well
+    low = score_mask(*score_words(Rng(seed=6), 512, 4), 0.1) - 1
+    pairs = low * low.roll(shift, 1)
+    four = pairs * pairs.roll(1, 2)
+    spread = low.square().mean().item() ** 2
+    assert abs(four.sum().item()) <= 5 * spread * math.sqrt(four.numel())
+
+
+def test_scores_follow_the_token_wherever_it_is_packed():
+    sequence_ids = torch.tensor([7, 7, 7, 2, 2], dtype=torch.int32)
+    positions = torch.tensor([0, 1, 2, 0, 1], dtype=torch.int32)
+    rng, order = Rng(seed=8), torch.tensor([3, 4, 0, 1, 2])
+    packed = score_mask(*score_words(rng.rows(sequence_ids, positions), 5, 2), 0.5)
+    rows = rng.rows(sequence_ids[order], positions[order])
+    moved = score_mask(*score_words(rows, 5, 2), 0.5)
+    assert torch.equal(packed[:, order][:, :, order], moved)
+
+
+@pytest.mark.parametrize("change", ["seed", "step", "layer", "site", "micro_batch"])
+def test_every_coordinate_of_scores_counts(change):
+    before, after = Rng(seed=5), Rng(**{"seed": 5, change: 6})
+    assert not torch.equal(score_signs(before, 32, 1), score_signs(after, 32, 1))
