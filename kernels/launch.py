@@ -265,18 +265,22 @@ def memory_bytes(device: torch.device) -> int:
 
 
 @functools.cache
-def adds_wide_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch adds a product of 16-bit matrices to an fp32 one without rounding between."""
+def wide_products(device: torch.device, dtype: torch.dtype) -> tuple[bool, bool]:
+    """Whether torch makes an fp32 product of 16-bit matrices, and adds one to an fp32 matrix.
+
+    Its releases and builds differ in the dtypes they let meet.
+    """
     if device.type != "cuda":
-        return False
+        return False, False
     narrow = torch.zeros(16, 16, dtype=dtype, device=device)
     total = torch.zeros(16, 16, dtype=torch.float32, device=device)
-    try:
+    makes = adds = False
+    with contextlib.suppress(RuntimeError, TypeError):
+        torch.mm(narrow, narrow, out_dtype=torch.float32)
+        makes = True
         torch.addmm(total, narrow, narrow, out_dtype=torch.float32, out=total)
-    except (RuntimeError, TypeError):
-        # torch's releases and builds differ in the dtypes they let meet
-        return False
-    return True
+        adds = True
+    return makes, adds
 
 
 def architecture(device: torch.device) -> str:

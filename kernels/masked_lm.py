@@ -332,9 +332,11 @@ def _accumulated(
         return gradient.t() @ hidden if total is None else total.addmm_(gradient.t(), hidden)
     if single and like.dtype == narrow:
         return gradient.t() @ hidden
-    if not launch.adds_wide_products(gradient.device, narrow):
+    makes, adds = launch.wide_products(gradient.device, narrow)
+    if adds and total is not None:
+        return torch.addmm(total, gradient.t(), hidden, out_dtype=torch.float32, out=total)
+    if makes:
+        product = torch.mm(gradient.t(), hidden, out_dtype=torch.float32)
+    else:
         product = (gradient.t() @ hidden).float()
-        return product if total is None else total.add_(product)
-    if total is None:
-        return torch.mm(gradient.t(), hidden, out_dtype=torch.float32)
-    return torch.addmm(total, gradient.t(), hidden, out_dtype=torch.float32, out=total)
+    return product if total is None else total.add_(product)
