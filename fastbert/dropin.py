@@ -51,7 +51,8 @@ def accelerate(model: M) -> M:
     changed in place; `restore` undoes it.
 
     Hidden states at padding are zero, where transformers leaves what it computed there. In training
-    mode dropout is drawn by our generator, seeded by torch's, so that masks are others.
+    mode dropout is drawn by our generator, seeded by torch's, so that masks are others; in the
+    layers its probabilities are those of the model's configuration at the time of this call.
 
     Args:
         model: its parameters stay its own, and what it saves stays as it was.

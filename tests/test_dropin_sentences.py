@@ -80,13 +80,18 @@ def test_a_saved_model_is_stock(stock, tmp_path):
 def test_training_loss_and_gradients(stock):
     losses = importlib.import_module("sentence_transformers.sentence_transformer.losses")
     rule = ErrorRule()
+    fast = fastbert.accelerate(copy.deepcopy(stock)).train()
+    models = [fast, copy.deepcopy(stock).train(), copy.deepcopy(stock).double().train()]
+    # the embedding's rows are many, and nearly all get nothing
+    frozen = "word_embeddings.weight"
     for seed in SEEDS:
-        fast = fastbert.accelerate(copy.deepcopy(stock)).train()
-        models = [fast, copy.deepcopy(stock).train(), copy.deepcopy(stock).double().train()]
         order = torch.randperm(len(TEXTS), generator=torch.Generator().manual_seed(seed)).tolist()
-        pairs = [[TEXTS[n][:60] for n in order[:3]], [TEXTS[n][:60] for n in order[3:]]]
+        pairs = [[TEXTS[n][:40] for n in order[:3]], [TEXTS[n][:40] for n in order[3:]]]
         results = []
         for model in models:
+            model.zero_grad()
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(not name.endswith(frozen))
             features = [model.preprocess(texts) for texts in pairs]
             loss = losses.MultipleNegativesRankingLoss(model)(features, None)
             loss.backward()
