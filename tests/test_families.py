@@ -28,6 +28,7 @@ from fastbert.config import EncoderConfig
 from fastbert.errors import InputError
 from fastbert.families import FAMILIES, head_of
 from fastbert.models import BertForMaskedLM, BertForPreTraining, BertModel
+from fastbert.pre_norm import PreNormSettings
 
 OTHERS = [family for family in FAMILIES if family != "bert"]
 
@@ -219,3 +220,34 @@ def test_the_table_takes_tests_that_passed():
     assert outcomes.passed == {("xlm-roberta", "BertModel", "own")}
     table = support_table.table(outcomes.passed, ["bert", "xlm-roberta"], ["BertModel"])
     assert table.splitlines()[2:] == ["| bert | - |", "| xlm-roberta | own |"]
+
+
+def test_modernbert_s_fields_by_default_and_of_old_files():
+    theirs = transformers.ModernBertConfig()
+    depth = theirs.num_hidden_layers
+    settings = PreNormSettings.of(EncoderConfig(model_type="modernbert", num_hidden_layers=depth))
+    assert settings.layer_types == tuple(theirs.layer_types)
+    assert settings.window == theirs.local_attention // 2
+    assert settings.thetas == {k: v["rope_theta"] for k, v in theirs.rope_parameters.items()}
+    old = {"global_rope_theta": 5e4, "local_rope_theta": 2e4, "global_attn_every_n_layers": 2}
+    config = EncoderConfig(model_type="modernbert", num_hidden_layers=3, extra=old)
+    settings = PreNormSettings.of(config)
+    assert settings.thetas == {"full_attention": 5e4, "sliding_attention": 2e4}
+    assert settings.layer_types == ("full_attention", "sliding_attention", "full_attention")
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("layer_types", ["full_attention"], "layer_types must be 3 of full_attention, sliding_"),
+        ("mlp_dropout", 0.1, "mlp_dropout must be 0"),
+        ("decoder_bias", False, "decoder_bias true"),
+        ("rope_scaling", {"type": "linear"}, "rope_scaling must be none"),
+        ("rope_parameters", {"full_attention": {"rope_type": "yarn"}}, "rope_type must be default"),
+        ("classifier_pooling", "last", "classifier_pooling must be cls or mean, got 'last'"),
+    ],
+)
+def test_a_modernbert_we_do_not_compute_is_refused(field, value, message):
+    config = EncoderConfig(model_type="modernbert", num_hidden_layers=3, extra={field: value})
+    with pytest.raises(InputError, match=message):
+        PreNormSettings.of(config)
