@@ -26,6 +26,7 @@ from tiny import gradients
 from torch import nn
 
 import fastbert
+from fastbert import fast_layers
 from fastbert.errors import InputError
 from fastbert.families import FAMILIES
 
@@ -196,9 +197,23 @@ def dropout_of(family: str, p: float) -> dict[str, float]:
     return {fields.get(name, name): p for name in names}
 
 
-def test_shared_layers_draw_anew_at_every_depth(monkeypatch):
-    from fastbert import fast_layers
+@pytest.mark.parametrize("family", [name for name in FAMILY_NAMES if name != "modernbert"])
+def test_dropout_stands_where_the_family_has_it(family, monkeypatch):
+    noted = []
+    original = fast_layers.ops.layer_norm
 
+    def layer_norm(*arguments, **options):
+        noted.append(options["dropout_p"])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(fast_layers.ops, "layer_norm", layer_norm)
+    model = fastbert.accelerate(their_model(family, "BertModel", **dropout_of(family, 0.25)))
+    model.train()(**padded_batch(family, "BertModel", 0))
+    data, layers = FAMILIES[family], 3 if family == "albert" else 2
+    assert noted == [0.25 * data.attention_output_dropout, 0.25 * data.output_dropout] * layers
+
+
+def test_shared_layers_draw_anew_at_every_depth(monkeypatch):
     drawn = []
     original = fast_layers.post_norm_layer
 
@@ -262,8 +277,6 @@ def test_gradient_checkpointing_changes_no_bit(family, reentrant):
 
 
 def test_checkpointing_computes_layers_twice(monkeypatch):
-    from fastbert import fast_layers
-
     computed = []
     original = fast_layers.post_norm_layer
     monkeypatch.setattr(
