@@ -11,6 +11,7 @@ from oracle import SEEDS, ErrorRule
 from tiny import stirred, tiny_config, tiny_documents, tiny_examples, tiny_tokenizer
 
 from fastbert.errors import InputError
+from fastbert.metrics.classification import accuracy, macro_f1, majority
 from fastbert.models import BertForSequenceClassification
 from fastbert.tasks.classify import (
     Predictions,
@@ -23,7 +24,6 @@ from fastbert.tasks.classify import (
     score,
     softmax,
 )
-from fastbert.tasks.scores import accuracy, macro_f1, majority
 from fastbert.tasks.table import Row
 
 LENGTHS = [12, 3, 40, 1, 17, 40, 2, 90]

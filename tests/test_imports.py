@@ -23,7 +23,8 @@ FORMATS = {"family", "families", "config", "checkpoint", "packing", "outputs", "
 MODULES = {"kernels", "norm", "linear", "encoder", "pre_norm", "heads", "model", "models"}
 ENGINE = FORMATS | MODULES | {"tokenizer", "special_tokens"}
 DROP_IN = {"packed_call", "fast_layers", "dropin", "attention_interface"}
-LIBRARY = ENGINE | DROP_IN | {"data", "tasks", "training"}
+ABOVE = {"task_heads", "data", "metrics", "tasks", "training", "pipelines"}
+LIBRARY = ENGINE | DROP_IN | ABOVE
 MAY_IMPORT = {
     "fastbert": LIBRARY,
     "errors": set(),
@@ -46,13 +47,16 @@ MAY_IMPORT = {
     "heads": {"kernels", "config", "family", "packing", "norm", "pre_norm"},
     "model": ENGINE - {"tokenizer", "special_tokens", "models"},
     "models": ENGINE - {"tokenizer", "special_tokens"},
+    "task_heads": ENGINE - {"tokenizer", "special_tokens"},
     "packed_call": {"kernels", "packing"},
     "fast_layers": {"kernels", "linear", "packed_call", "pre_norm", "config"},
     "dropin": {"packed_call", "fast_layers", "pre_norm", "config", "family", "families"},
     "attention_interface": {"kernels", "packed_call"},
     "data": {"tokenizer", "packing"},
-    "tasks": ENGINE | {"data"},
-    "training": ENGINE | {"data", "tasks"},
+    "metrics": set(),
+    "tasks": ENGINE | {"task_heads", "data", "metrics"},
+    "training": ENGINE | {"data", "metrics", "tasks"},
+    "pipelines": ENGINE | {"data", "metrics", "tasks"},
     "demo": LIBRARY | {"fastbert"},
     "doctor": LIBRARY | {"fastbert"},
     "commands": LIBRARY | {"fastbert", "demo", "doctor", "bench"},

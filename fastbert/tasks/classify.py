@@ -13,9 +13,9 @@ import torch
 from fastbert.data.epochs import snug_capacity
 from fastbert.data.text_files import counted
 from fastbert.errors import InputError
+from fastbert.metrics.classification import accuracy, macro_f1, majority
 from fastbert.models import BertForSequenceClassification
 from fastbert.packing import Examples, best_fit
-from fastbert.tasks.scores import accuracy, macro_f1, majority
 from fastbert.tasks.table import Row
 from fastbert.tokenizer import Tokenizer
 
