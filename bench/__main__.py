@@ -19,6 +19,7 @@ COMMANDS = {
     "kernels": ("fastbert.bench.kernels", "each operator beside its peers, on a GPU"),
     "masked-lm": ("fastbert.bench.masked_lm", "the masked-LM loss beside its peers"),
     "attention": ("fastbert.bench.attention", "attention beside its peers, on a GPU"),
+    "tasks": ("fastbert.bench.tasks", "what fine-tuning reaches on public data; docs/results.md"),
     "tune": ("fastbert.bench.tune", "launch configurations for this GPU"),
     "activations": ("fastbert.bench.activations", "bytes a layer keeps, a token"),
     "gpu-step": ("fastbert.bench.gpu_step", "a training step of base and large, on a GPU"),

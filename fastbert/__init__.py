@@ -22,6 +22,7 @@ _HOMES = {
     "PackedBatch": "packing",
     "Tokenizer": "tokenizer",
     "accelerate": "dropin",
+    "pipeline": "pipelines",
     "register_attention": "attention_interface",
     "restore": "dropin",
 }

@@ -7,17 +7,15 @@ import dataclasses
 import os
 import shlex
 import sys
-import types
-import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from fastbert import __version__
+from fastbert.commands import tasks
+from fastbert.commands.flags import add_doc_sep, add_fields, command
 from fastbert.errors import InputError
 from fastbert.threads import sleep_soon
-
-Handler = Callable[[argparse.Namespace], None]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,7 +31,7 @@ BENCH = {
     "validate": "every kernel against fp64 on this machine; --compile needs no GPU",
     "parity": "a model folder computed by us and by transformers: differences a dtype",
     "tune": "measure launch configurations on this GPU",
-    "bench": "measurements: attention, drop-in, kernels, loader, masked-lm, train-step",
+    "bench": "measurements: attention, drop-in, kernels, loader, masked-lm, tasks, train-step",
 }
 
 
@@ -83,10 +81,11 @@ def _parser() -> argparse.ArgumentParser:
         _add_tokenizer,
         _add_prepare,
         _add_pretrain,
-        _add_finetune,
-        _add_predict,
+        tasks.add_finetune,
+        tasks.add_predict,
         _add_fill_mask,
-        _add_evaluate,
+        tasks.add_embed,
+        tasks.add_evaluate,
         _add_report,
         _add_doctor,
     ):
@@ -102,14 +101,8 @@ def _bench(words: list[str]) -> int:
     return bench(words[1:] if words[0] == "bench" else words)
 
 
-def _command(commands: Any, name: str, handler: Handler, summary: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
-    parser.set_defaults(handler=handler)
-    return parser
-
-
 def _add_demo(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands, "demo", _demo, "the whole way on this machine: text, vocabulary, BERT, classifier"
     )
     parser.add_argument("--out", default="runs/demo", help="folder of the run (%(default)s)")
@@ -126,7 +119,7 @@ def _demo(given: argparse.Namespace) -> None:
 
 
 def _add_corpus(commands: Any) -> None:
-    parser = _command(commands, "corpus", _corpus, "write text that every machine has")
+    parser = command(commands, "corpus", _corpus, "write text that every machine has")
     parser.add_argument("kind", choices=["python-docs"], help="docstrings of installed libraries")
     parser.add_argument("--out", required=True, help="a .jsonl file: text, label, module, name")
 
@@ -146,12 +139,12 @@ def _corpus(given: argparse.Namespace) -> None:
 def _add_tokenizer(commands: Any) -> None:
     parser = commands.add_parser("tokenizer", help="train a WordPiece vocabulary")
     actions = parser.add_subparsers(metavar="ACTION", required=True)
-    train = _command(actions, "train", _train_tokenizer, "train a WordPiece vocabulary on text")
+    train = command(actions, "train", _train_tokenizer, "train a WordPiece vocabulary on text")
     train.add_argument("sources", nargs="+", help="files, globs or folders of text")
     train.add_argument("--vocab-size", type=int, default=30522, help="(%(default)s)")
     train.add_argument("--cased", action="store_true", help="keep capitals and accents")
     train.add_argument("--out", required=True, help="folder for tokenizer.json and vocab.txt")
-    _add_doc_sep(train)
+    add_doc_sep(train)
 
 
 def _train_tokenizer(given: argparse.Namespace) -> None:
@@ -179,7 +172,7 @@ def _train_tokenizer(given: argparse.Namespace) -> None:
 def _add_prepare(commands: Any) -> None:
     from fastbert.data.prepare import SHARD_TOKENS
 
-    parser = _command(
+    parser = command(
         commands, "prepare", _prepare, "text to token shards, on all cores; goes on after a kill"
     )
     parser.add_argument("sources", nargs="+", help="files, globs, folders, or hf:NAME")
@@ -189,7 +182,7 @@ def _add_prepare(commands: Any) -> None:
     parser.add_argument(
         "--shard-tokens", type=int, default=SHARD_TOKENS, help="of one shard (%(default)s)"
     )
-    _add_doc_sep(parser)
+    add_doc_sep(parser)
 
 
 def _prepare(given: argparse.Namespace) -> None:
@@ -210,7 +203,7 @@ def _add_pretrain(commands: Any) -> None:
     from fastbert.training.presets import PRESETS
     from fastbert.training.pretrain import PretrainConfig
 
-    parser = _command(commands, "pretrain", _pretrain, "pre-train an encoder on text")
+    parser = command(commands, "pretrain", _pretrain, "pre-train an encoder on text")
     parser.add_argument(
         "sources", nargs="+", help="a folder of shards, or files, globs, folders of text"
     )
@@ -222,8 +215,8 @@ def _add_pretrain(commands: Any) -> None:
     parser.add_argument(
         "--budget", help="time (10m, 4h) or tokens (30M, 3B); warm-up and decay follow"
     )
-    _add_doc_sep(parser)
-    _add_fields(parser, PretrainConfig, given_alone=True)
+    add_doc_sep(parser)
+    add_fields(parser, PretrainConfig, given_alone=True)
 
 
 def _pretrain(given: argparse.Namespace) -> None:
@@ -263,39 +256,8 @@ def _pretrain_config(given: argparse.Namespace) -> Any:
     return config
 
 
-def _add_finetune(commands: Any) -> None:
-    from fastbert.training.finetune import FinetuneConfig
-
-    parser = commands.add_parser("finetune", help="train a pre-trained model on a task")
-    tasks = parser.add_subparsers(metavar="TASK", required=True)
-    classify = _command(tasks, "classify", _finetune_classify, "one class a text, or pair of texts")
-    _add_fields(classify, FinetuneConfig)
-
-
-def _finetune_classify(given: argparse.Namespace) -> None:
-    from fastbert.training.finetune import FinetuneConfig, finetune_classify
-
-    finetune_classify(_from_flags(FinetuneConfig, given))
-
-
-def _add_predict(commands: Any) -> None:
-    parser = _command(
-        commands, "predict", _predict, "classify the lines of standard input, or of files"
-    )
-    parser.add_argument("--model", required=True, help="a run of finetune, or its model folder")
-    parser.add_argument("files", nargs="*", help="one text a line; standard input where none")
-    parser.add_argument("--dtype", default="auto", help="auto, fp32 or bf16")
-
-
-def _predict(given: argparse.Namespace) -> None:
-    from fastbert.tasks.predict import predict
-    from fastbert.training.loop import compute_dtype, default_device
-
-    predict(given.model, given.files, dtype=compute_dtype(given.dtype, default_device()))
-
-
 def _add_fill_mask(commands: Any) -> None:
-    parser = _command(commands, "fill-mask", _fill_mask, "the likeliest words for [MASK]")
+    parser = command(commands, "fill-mask", _fill_mask, "the likeliest words for [MASK]")
     parser.add_argument("texts", nargs="+", help='such as "The whale [MASK] beneath the ship."')
     parser.add_argument("--model", required=True, help="a run of pretrain, or its model folder")
     parser.add_argument("--top", type=int, default=5, help="words a blank (%(default)s)")
@@ -316,35 +278,8 @@ def _fill_mask(given: argparse.Namespace) -> None:
             print("  " + "  ".join(f"{word} {share:.1%}" for word, share in blank.words))
 
 
-def _add_evaluate(commands: Any) -> None:
-    parser = _command(
-        commands, "evaluate", _evaluate, "masked-LM loss and accuracy on text, and of the pairs"
-    )
-    parser.add_argument("sources", nargs="+", help="files, globs or folders of text")
-    parser.add_argument("--model", required=True, help="a run of pretrain, or its model folder")
-    parser.add_argument("--max-seq-len", type=int, help="tokens a sequence (the model's)")
-    parser.add_argument("--objective", help="such as mlm+sop (the model's)")
-    parser.add_argument("--dtype", default="auto", help="auto, fp32 or bf16")
-    _add_doc_sep(parser)
-
-
-def _evaluate(given: argparse.Namespace) -> None:
-    from fastbert.training.evaluation import evaluate_text
-
-    figures = evaluate_text(
-        given.model,
-        given.sources,
-        doc_sep=given.doc_sep,
-        objective=given.objective,
-        max_seq_len=given.max_seq_len,
-        dtype=given.dtype,
-    )
-    for name, value in figures.items():
-        print(f"{name:<16} {value:.4f}")
-
-
 def _add_report(commands: Any) -> None:
-    parser = _command(commands, "report", _report, "several runs side by side, in one picture")
+    parser = command(commands, "report", _report, "several runs side by side, in one picture")
     parser.add_argument("runs", nargs="+", help="folders of runs, finished or not")
     parser.add_argument("--picture", help="a new .png: loss over tokens and over minutes")
 
@@ -356,55 +291,13 @@ def _report(given: argparse.Namespace) -> None:
 
 
 def _add_doctor(commands: Any) -> None:
-    _command(commands, "doctor", _doctor, "versions, devices, which path runs and why")
+    command(commands, "doctor", _doctor, "versions, devices, which path runs and why")
 
 
 def _doctor(given: argparse.Namespace) -> None:
     from fastbert.doctor import diagnose
 
     print("\n".join(diagnose()))
-
-
-def _add_doc_sep(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--doc-sep",
-        default="auto",
-        choices=["auto", "blank", "line", "file"],
-        help="what separates documents in text files; the guess is printed (%(default)s)",
-    )
-
-
-def _add_fields(
-    parser: argparse.ArgumentParser, config: type, *, given_alone: bool = False
-) -> None:
-    """A flag for every field of a configuration; help and default come from the field.
-
-    Where `given_alone`, flags that were not given leave no value behind.
-    """
-    for name, kind in typing.get_type_hints(config).items():
-        field = config.__dataclass_fields__[name]  # type: ignore[attr-defined]
-        flag, text = "--" + name.replace("_", "-"), field.metadata["help"]
-        required = field.default is dataclasses.MISSING
-        default = argparse.SUPPRESS if given_alone and not required else field.default
-        if kind is bool:
-            parser.add_argument(
-                flag, action=argparse.BooleanOptionalAction, help=text, default=default
-            )
-            continue
-        optional = isinstance(kind, types.UnionType)
-        kind = typing.get_args(kind)[0] if optional else kind
-        shown = "" if required or field.default is None else f" ({field.default})"
-        parser.add_argument(
-            flag,
-            type=kind,
-            required=required,
-            default=None if required else default,
-            help=(text + shown).replace("%", "%%"),
-        )
-
-
-def _from_flags(config: type, given: argparse.Namespace) -> Any:
-    return config(**{f.name: getattr(given, f.name) for f in dataclasses.fields(config)})
 
 
 if __name__ == "__main__":

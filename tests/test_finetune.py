@@ -12,22 +12,20 @@ import pytest
 import torch
 from oracle import SEEDS, ErrorRule
 from safetensors.torch import load_file
-from tiny import WORDS, stirred, tiny_config, tiny_tokenizer
+from tiny import WORDS, stirred, task_gradients, tiny_config, tiny_tokenizer
 
 from fastbert.data.epochs import EpochStream
 from fastbert.data.stream import Position
 from fastbert.errors import InputError
 from fastbert.models import BertForPreTraining, BertForSequenceClassification
-from fastbert.tasks.classifier import Classifier, TaskFacts, load_for_labels
-from fastbert.tasks.classify import build_examples
+from fastbert.tasks.classify import Classify
+from fastbert.tasks.saved import Saved
 from fastbert.tasks.table import Row
-from fastbert.training import finetune
-from fastbert.training.finetune import (
-    FinetuneConfig,
-    finetune_classify,
-    finetune_from,
-)
-from fastbert.training.loop import accumulate
+from fastbert.tasks.task import Scores
+from fastbert.training import finetune as finetune_module
+from fastbert.training import finetune_run
+from fastbert.training.finetune import finetune, finetune_from
+from fastbert.training.finetune_config import FinetuneConfig
 from fastbert.training.meter import Meter, read_metrics
 from fastbert.training.state import save_checkpoint
 
@@ -54,7 +52,7 @@ def write_table(path: Path, rows: list[Row]) -> str:
 def pictures_where_they_are_looked_at(request, monkeypatch) -> None:
     # a picture takes longer to draw than a tiny model to train
     if request.function is not test_two_commands_worth_of_work:
-        monkeypatch.setattr(finetune, "draw_curves", lambda *_: None)
+        monkeypatch.setattr(finetune_module, "draw_curves", lambda *_: None)
 
 
 @pytest.fixture
@@ -84,8 +82,8 @@ def config(tmp_path, pretrained) -> FinetuneConfig:
     )
 
 
-def quietly(config: FinetuneConfig) -> dict:
-    return finetune_classify(config, say=lambda _: None)
+def quietly(config: FinetuneConfig, **options) -> dict:
+    return finetune(Classify(**options), config, say=lambda _: None)
 
 
 def weights(config: FinetuneConfig) -> dict[str, torch.Tensor]:
@@ -100,7 +98,7 @@ def same(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bo
 
 def test_two_commands_worth_of_work(config) -> None:
     said: list[str] = []
-    report = finetune_classify(config, say=said.append)
+    report = finetune(Classify(), config, say=said.append)
     out = Path(config.out)
     assert report["accuracy"] >= 0.9 > report["majority"]
     assert report["steps"] == 3 * 8 and report["epochs"] == 3.0
@@ -109,7 +107,8 @@ def test_two_commands_worth_of_work(config) -> None:
     assert (out / "metrics.jsonl").is_file() and (out / "curves.png").is_file()
     assert not (out / "checkpoints").exists()
     assert any("new weights for the classifier" in line for line in said)
-    assert sum("(guessed;" in line for line in said) == 2
+    assert sum("(guessed;" in line for line in said) == 1
+    assert any("first text: {" in line for line in said)
     raw = json.loads((out / "model" / "config.json").read_text())
     assert raw["architectures"] == ["BertForSequenceClassification"]
     assert raw["hidden_dropout_prob"] == raw["attention_probs_dropout_prob"] == 0.2
@@ -121,11 +120,11 @@ def test_two_commands_worth_of_work(config) -> None:
 
 def test_the_saved_model_scores_what_the_report_says(config) -> None:
     report = quietly(config)
-    classifier = Classifier.from_pretrained(config.out)
-    assert classifier.facts == TaskFacts(pair=False, max_seq_len=40)
-    rows, model = texts(30, 1), classifier.model
-    examples = build_examples(rows, classifier.tokenizer, model.config.labels, 40)
-    figures = finetune.score(model, examples)
+    saved = Saved.from_pretrained(config.out)
+    assert (saved.task.pair, saved.task.max_seq_len) == (False, 40)
+    rows = texts(30, 1)
+    units = saved.build(rows)
+    figures = saved.task.score(rows, units, saved.run(units)).figures
     assert figures == {name: report[name] for name in figures}
 
 
@@ -149,7 +148,7 @@ def test_a_resumed_run_is_the_run_never_stopped(config, tmp_path, monkeypatch, s
     with monkeypatch.context() as patch:
         patch.setattr(Meter, "step", interrupting(step))
         said: list[str] = []
-        assert finetune_classify(stopped, say=said.append) == {}
+        assert finetune(Classify(), stopped, say=said.append) == {}
         assert f"interrupted at step {step}" in said[-1] and "--resume" in said[-1]
     resumed = quietly(dataclasses.replace(stopped, resume=True))
     assert same(weights(stopped), weights(config))
@@ -160,14 +159,14 @@ def test_a_resumed_run_is_the_run_never_stopped(config, tmp_path, monkeypatch, s
 def test_interrupted_in_an_evaluation_and_resumed(config, tmp_path, monkeypatch) -> None:
     whole = quietly(config)
     stopped = dataclasses.replace(config, out=str(tmp_path / "stopped"))
-    original = finetune.score
+    original = finetune_run.scored
 
     def press(*arguments, **options):
         signal.raise_signal(signal.SIGINT)
         return original(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "score", press)
+        patch.setattr(finetune_run, "scored", press)
         assert quietly(stopped) == {}
     resumed = quietly(dataclasses.replace(stopped, resume=True))
     assert same(weights(stopped), weights(config))
@@ -183,7 +182,7 @@ def test_periodic_checkpoints_change_nothing(config, tmp_path, monkeypatch) -> N
         saved.append(state.step)
         save_checkpoint(folder, state, model, optimizers)
 
-    monkeypatch.setattr(finetune, "save_checkpoint", spy)
+    monkeypatch.setattr(finetune_run, "save_checkpoint", spy)
     quietly(often)
     assert saved == [8, 16]
     assert same(weights(often), weights(config))
@@ -192,12 +191,12 @@ def test_periodic_checkpoints_change_nothing(config, tmp_path, monkeypatch) -> N
 def worse_every_time(monkeypatch) -> None:
     calls = []
 
-    def worse(model, examples, **options):
+    def worse(*arguments):
         calls.append(None)
         share = 1.0 / len(calls)
-        return {"accuracy": share, "macro_f1": share, "majority": 0.5, "loss": 1.0}
+        return Scores({"accuracy": share, "macro_f1": share, "majority": 0.5, "loss": 1.0})
 
-    monkeypatch.setattr(finetune, "score", worse)
+    monkeypatch.setattr(finetune_run, "scored", worse)
 
 
 def test_the_best_evaluation_is_kept(config, tmp_path, monkeypatch) -> None:
@@ -215,7 +214,9 @@ def test_the_best_evaluation_is_kept(config, tmp_path, monkeypatch) -> None:
 
 def test_the_model_in_memory_is_the_one_kept(tmp_path, config, monkeypatch) -> None:
     worse_every_time(monkeypatch)
-    model, _ = load_for_labels(Path(config.model) / "model", list(CLASSES))
+    task = Classify()
+    task.labels = list(CLASSES)
+    model, _ = task.load(Path(config.model) / "model")
     folder = Path(config.out)
     folder.mkdir()
     said, stream = [], io.StringIO()
@@ -243,15 +244,23 @@ def test_training_learns_with_muon_and_accumulation_too(config) -> None:
     assert report["accuracy"] >= 0.9
 
 
+def fitted(rows: list[Row]) -> Classify:
+    task = Classify()
+    task.fit(rows)
+    task.max_seq_len = 40
+    return task
+
+
 def test_micro_batches_give_the_gradient_of_their_step() -> None:
     rule = ErrorRule()
     for seed in SEEDS:
         vocab_size = tiny_tokenizer().vocab_size
         shape = tiny_config(vocab_size=vocab_size, labels=list(CLASSES))
         model = stirred(BertForSequenceClassification.from_config(shape, seed), seed)
-        examples = build_examples(texts(17, seed), tiny_tokenizer(), list(CLASSES), 40)
+        task = fitted(texts(17, seed))
+        units = task.build(texts(17, seed), tiny_tokenizer())
         ours, baseline, oracle = (
-            step_gradients(model, examples, accumulation, seed, dtype)
+            step(task, model, units, accumulation, seed, dtype)
             for accumulation, dtype in ((3, torch.float32), (1, torch.float32), (1, torch.float64))
         )
         assert ours.keys() == oracle.keys()
@@ -260,12 +269,12 @@ def test_micro_batches_give_the_gradient_of_their_step() -> None:
     rule.assert_within()
 
 
-def step_gradients(model, examples, accumulation, seed, dtype) -> dict[str, torch.Tensor]:
+def step(task, model, units, accumulation, seed, dtype) -> dict[str, torch.Tensor]:
     model = copy.deepcopy(model).to(dtype)
-    stream = EpochStream(examples, len(examples), accumulation, seed)
+    stream = EpochStream(units, len(units), accumulation, seed)
     batches = [batch for batch, _ in stream.epoch_batches(Position())]
     assert len(batches) == accumulation
-    accumulate(model, batches, device=torch.device("cpu"), dtype=torch.float32)
+    task_gradients(task, model, batches)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -275,7 +284,7 @@ def test_pairs_are_remembered(config, tmp_path) -> None:
         lines = ["sentence1\tsentence2\tlabel", *(f"{r.text}\tstone\t{r.label}" for r in rows)]
         (tmp_path / f"{name}.tsv").write_text("\n".join(lines))
     quietly(dataclasses.replace(config, epochs=1))
-    assert TaskFacts.read(Path(config.out) / "model").pair
+    assert Saved.from_pretrained(config.out).task.pair
 
 
 @pytest.mark.parametrize(
@@ -330,7 +339,6 @@ def test_settings_out_of_range(config, fields, message) -> None:
     ("fields", "message"),
     [
         ({"max_seq_len": 41}, r"--max-seq-len 41: .* has 40 positions"),
-        ({"label_column": "class"}, r"train.tsv: no column 'class' \(--label-column\)"),
         ({"train": "none.tsv"}, r"none.tsv: no such file"),
         ({"eval": "none.tsv"}, r"none.tsv: no such file"),
         ({"model": "nowhere"}, r"nowhere: no model here"),
@@ -341,6 +349,12 @@ def test_settings_out_of_range(config, fields, message) -> None:
 def test_bad_input_leaves_nothing_behind(config, fields, message) -> None:
     with pytest.raises(InputError, match=message):
         quietly(dataclasses.replace(config, **fields))
+    assert not Path(config.out).exists()
+
+
+def test_a_column_that_is_not_there(config) -> None:
+    with pytest.raises(InputError, match=r"train.tsv: no column 'class' \(--label-column\)"):
+        quietly(config, label_column="class")
     assert not Path(config.out).exists()
 
 
@@ -374,7 +388,9 @@ def test_a_finished_run_is_not_run_again(config) -> None:
     with pytest.raises(InputError, match="holds a run already"):
         quietly(dataclasses.replace(config, epochs=1))
     said: list[str] = []
-    again = finetune_classify(dataclasses.replace(config, epochs=1, resume=True), say=said.append)
+    again = finetune(
+        Classify(), dataclasses.replace(config, epochs=1, resume=True), say=said.append
+    )
     assert again == report and "finished" in said[-1]
     with pytest.raises(InputError, match="other settings: epochs was 1, now 3"):
         quietly(dataclasses.replace(config, resume=True))

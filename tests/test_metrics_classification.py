@@ -76,7 +76,9 @@ def test_against_scikit_learn(seed, classes) -> None:
     theirs = metrics.precision_recall_fscore_support(labels, predicted, labels=range(classes))
     rows = per_class(predicted, labels, [str(number) for number in range(classes)])
     for number, row in enumerate(rows):
-        for value, column in zip((row.precision, row.recall, row.f1, row.support), theirs, strict=True):
+        for value, column in zip(
+            (row.precision, row.recall, row.f1, row.support), theirs, strict=True
+        ):
             assert close(value, column[number])
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import threading
 from types import SimpleNamespace
@@ -11,9 +12,9 @@ from tiny import stirred, tiny_config, tiny_tokenizer
 from fastbert.errors import InputError
 from fastbert.models import BertForSequenceClassification
 from fastbert.tasks import predict as predict_module
-from fastbert.tasks.classifier import TaskFacts
-from fastbert.tasks.classify import classify
+from fastbert.tasks.classify import Classify
 from fastbert.tasks.predict import predict
+from fastbert.tasks.saved import Saved, save_task
 
 
 def save(folder, *, pair: bool = False):
@@ -21,7 +22,9 @@ def save(folder, *, pair: bool = False):
     model = stirred(BertForSequenceClassification.from_config(config))
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    TaskFacts(pair, 40).save(folder)
+    task = Classify()
+    task.labels, task.pair, task.max_seq_len = list(config.labels), pair, 40
+    save_task(task, folder)
     return model
 
 
@@ -38,7 +41,7 @@ def ask(model, monkeypatch, text: str | bytes) -> tuple[list[str], list[str]]:
 @pytest.mark.parametrize("at_once", [1, 2, 1024])
 def test_every_line_has_its_answer_beside_it(tmp_path, monkeypatch, at_once) -> None:
     monkeypatch.setattr(predict_module, "LINES_AT_ONCE", at_once)
-    model = save(tmp_path / "model")
+    save(tmp_path / "model")
     texts = ["river stone", "a\u2028winter\ttab", "", "café window", "  "]
     # the run's folder will do as well as the model's; the last line end may be missing
     lines, said = ask(tmp_path, monkeypatch, b"\xef\xbb\xbf" + "\r\n".join(texts).encode())
@@ -48,10 +51,10 @@ def test_every_line_has_its_answer_beside_it(tmp_path, monkeypatch, at_once) -> 
         if not text.strip():
             assert line == ""
             continue
-        found = classify(model, tiny_tokenizer(), [text], max_seq_len=40)
+        [found] = Saved.from_pretrained(tmp_path).ask([text])
         label, probability, rest = line.split("\t", 2)
-        assert (label, rest) == (found.labels[0], text)
-        assert probability == f"{found.probabilities.max():.4f}"
+        assert (label, rest) == (found["label"], text)
+        assert probability == f"{found['probability']:.4f}"
     assert said == ["2 blank lines: answered by blank lines"]
 
 
@@ -65,12 +68,10 @@ def test_files_are_read_in_turn(tmp_path, monkeypatch) -> None:
 
 
 def test_a_model_of_pairs_reads_two_texts_a_line(tmp_path, monkeypatch) -> None:
-    model = save(tmp_path, pair=True)
+    save(tmp_path, pair=True)
     lines, _ = ask(tmp_path, monkeypatch, "river\tstone bridge\n\tonly\n")
-    found = classify(
-        model, tiny_tokenizer(), ["river", ""], ["stone bridge", "only"], max_seq_len=40
-    )
-    assert [line.split("\t")[0] for line in lines[:2]] == found.labels
+    found = Saved.from_pretrained(tmp_path).ask([("river", "stone bridge"), ("", "only")])
+    assert [line.split("\t")[0] for line in lines[:2]] == [answer["label"] for answer in found]
     assert lines[0].endswith("\triver\tstone bridge")
 
 
@@ -125,3 +126,29 @@ def test_weights_that_are_no_numbers(tmp_path, monkeypatch) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="the model's weights are not finite"):
         ask(tmp_path, monkeypatch, "river\n")
+
+
+def test_jsonl_in_is_answered_by_jsonl_with_all_its_fields(tmp_path) -> None:
+    save(tmp_path / "model")
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"id": 7, "text": "river"}\n\n{"text": "stone"}\n')
+    out, said = io.StringIO(), []
+    predict(tmp_path, [str(asked)], out=out, say=said.append)
+    first, blank, second, end = out.getvalue().split("\n")
+    assert blank == end == ""
+    answer = json.loads(first)
+    assert answer["id"] == 7 and answer["text"] == "river"
+    assert answer["label"] == max(answer["probabilities"], key=answer["probabilities"].get)
+    assert abs(sum(answer["probabilities"].values()) - 1) < 1e-5
+    assert json.loads(second)["text"] == "stone"
+    asked.write_text('{"text": "river"}\n{"words": 1}\n')
+    with pytest.raises(InputError, match=r"asked.jsonl:2: no field 'text'; there are 'words'"):
+        predict(tmp_path, [str(asked)], out=out)
+
+
+def test_lines_of_text_may_be_answered_by_objects(tmp_path) -> None:
+    save(tmp_path / "model")
+    (tmp_path / "a.txt").write_text("river\n")
+    out = io.StringIO()
+    predict(tmp_path, [str(tmp_path / "a.txt")], as_json=True, out=out)
+    assert json.loads(out.getvalue())["text"] == "river"

@@ -14,6 +14,8 @@ from fastbert.config import EncoderConfig
 from fastbert.data.tokenized import TokenizedCorpus
 from fastbert.packing import Examples
 from fastbert.tokenizer import Tokenizer, train_tokenizer
+from fastbert.training.step import Inputs
+from fastbert.training.task_step import task_backward
 
 M = TypeVar("M", bound=nn.Module)
 WORDS = [
@@ -94,6 +96,14 @@ def tiny_examples(
         places = (np.array(lengths)[:, None] * rng.random((len(lengths), 2))).astype(np.int64)
         examples.span_labels = np.sort(places, axis=1)
     return examples
+
+
+def task_gradients(task, model, batches, shaping=None, adversarial=0.0) -> None:
+    """Leave the gradients of one step in the model."""
+    cpu = torch.device("cpu")
+    inputs = Inputs.send(batches, None, cpu)
+    options = {"shaping": shaping, "adversarial": adversarial}
+    task_backward(task, model, inputs, torch.float32, **options)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 
 from fastbert.data.stream import Position
 from fastbert.errors import InputError
-from fastbert.packing import Capacity, Examples, PackedBatch
+from fastbert.packing import Capacity, PackedBatch
 
 # a stream's length comes in steps, because a matrix library prepares code for every new shape
 TOKEN_STEP = 32
 _ORDER = 3
+
+
+class Dealt(Protocol):
+    """What can be dealt into batches: sequences, or units of several."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, chosen: np.ndarray, capacity: Capacity | None = None) -> PackedBatch:
+        """Pack the chosen ones, in that order."""
 
 
 class EpochStream:
@@ -37,7 +51,7 @@ class EpochStream:
 
     def __init__(
         self,
-        examples: Examples,
+        examples: Dealt,
         batch_size: int,
         accumulation: int = 1,
         seed: int = 0,

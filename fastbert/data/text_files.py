@@ -139,19 +139,25 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
         raise InputError(f"{path}: cannot read: {error.strerror or error}") from error
 
 
-def decoded_lines(path: Path) -> Iterator[Line]:
-    """Stream the lines of a UTF-8 file, plain or .gz; a byte order mark is dropped.
+def decoded_lines(path: Path, encoding: str = "utf-8") -> Iterator[Line]:
+    """Stream the lines of a file, plain or .gz; a byte order mark is dropped.
+
+    Args:
+        path: of the file.
+        encoding: one in which b"\\n" ends a line.
 
     Raises:
-        InputError: bytes that are not UTF-8 (with their offset in the unpacked file), a broken
+        InputError: bytes of another encoding (with their offset in the unpacked file), a broken
             archive, or a file that cannot be read.
     """
     offset = 0
     for number, raw in enumerate(_raw_lines(path), 1):
         try:
-            text = raw.decode("utf-8")
+            text = raw.decode(encoding)
         except UnicodeDecodeError as error:
             where = f"{path}: byte {offset + error.start}"
+            if encoding != "utf-8":
+                raise InputError(f"{where}: not {encoding}") from error
             raise InputError(f"{where}: not UTF-8, the encoding text must have") from error
         offset += len(raw)
         if number == 1:

@@ -52,12 +52,11 @@ def ranking_scores(
     queries = [name for name in ranked if any(gain > 0 for gain in gains.get(name, {}).values())]
     if not queries:
         raise ValueError("ranking: no query has a relevant document")
-    measures = {
-        "ndcg_at_10": lambda query: ndcg_at(ranked[query], gains[query], 10),
-        "mrr_at_10": lambda query: reciprocal_rank(ranked[query], gains[query], 10),
-        **{
-            f"recall_at_{k}": (lambda query, k=k: recall_at(ranked[query], gains[query], k))
-            for k in (1, 10, 100)
-        },
-    }
-    return {name: float(np.mean([of(query) for query in queries])) for name, of in measures.items()}
+    measures: dict[str, list[float]] = {}
+    for query in queries:
+        found, own = ranked[query], gains[query]
+        measures.setdefault("ndcg_at_10", []).append(ndcg_at(found, own, 10))
+        measures.setdefault("mrr_at_10", []).append(reciprocal_rank(found, own, 10))
+        for k in (1, 10, 100):
+            measures.setdefault(f"recall_at_{k}", []).append(recall_at(found, own, k))
+    return {name: float(np.mean(values)) for name, values in measures.items()}

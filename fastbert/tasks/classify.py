@@ -1,258 +1,246 @@
-"""Classification of texts and pairs of texts: label sets, packed examples, answers, scores."""
+"""Classification of texts and pairs of texts: one class each, or any number of labels."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
+from torch import nn
 
-from fastbert.data.epochs import snug_capacity
-from fastbert.data.text_files import counted
+from fastbert.config import EncoderConfig
 from fastbert.errors import InputError
-from fastbert.metrics.classification import accuracy, macro_f1, majority
-from fastbert.models import BertForSequenceClassification
-from fastbert.packing import Examples, best_fit
-from fastbert.tasks.table import Row
+from fastbert.kernels.ops import Rng
+from fastbert.metrics.classification import (
+    accuracy,
+    confusion_matrix,
+    macro_f1,
+    majority,
+    matthews,
+    multi_label_scores,
+    per_class,
+    per_label,
+)
+from fastbert.models import BertForSequenceClassification, Targets
+from fastbert.tasks.inference import log_softmax, sigmoid, softmax
+from fastbert.tasks.labels import check_labels, indices, label_set, ordered
+from fastbert.tasks.losses import Loss, Shaping, at_least_one, binary_loss, class_loss, pool_units
+from fastbert.tasks.pairs import PairTask, pair_units
+from fastbert.tasks.table import Row, read_table
+from fastbert.tasks.task import Outputs, Raw, Say, Scores, option
+from fastbert.tasks.units import TaskBatch, Units
 from fastbert.tokenizer import Tokenizer
 
-# tokens a batch where no gradient is wanted
-TOKEN_BUDGET = 4096
-# more labels than this, and hardly one twice: the column is no class
-MOST_RARE_LABELS = 20
+LONG_TEXT = ("first", "mean", "max")
 
 
-class Predictions(NamedTuple):
-    """Answers in the order of the texts.
+@dataclass
+class Classify(PairTask):
+    """One class a text, or pair of texts; with `multi_label` any number of labels."""
 
-    Attributes:
-        labels: the likeliest class of each text.
-        probabilities: [texts, classes] float32, in the order of `config.labels`.
-    """
-
-    labels: list[str]
-    probabilities: np.ndarray
-
-
-def label_set(rows: Sequence[Row], where: str = "training rows") -> list[str]:
-    """The classes of a training set; numbers in the order of their values, else sorted.
-
-    Raises:
-        InputError: fewer than two classes, or nearly as many as rows.
-    """
-    labels = Counter(row.label for row in rows)
-    if len(labels) < 2:
-        raise InputError(
-            f"{where}: at least 2 different labels are needed, found {len(labels)} "
-            f"({', '.join(labels)})"
-        )
-    if len(labels) > max(MOST_RARE_LABELS, len(rows) / 2):
-        raise InputError(
-            f"{where}: {len(labels):,} different labels in {len(rows):,} rows are no classes; "
-            "--label-column names another column"
-        )
-    numbers = [_number(label) for label in labels]
-    if None in numbers:
-        return sorted(labels)
-    return [label for _, label in sorted(zip(numbers, labels, strict=True))]
-
-
-def _number(label: str) -> float | None:
-    try:
-        value = float(label)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
-def check_labels(
-    rows: Sequence[Row], labels: Sequence[str], where: str = "evaluation rows"
-) -> None:
-    """Refuse a class that is not in the label set.
-
-    Raises:
-        InputError: naming the class and its line.
-    """
-    known = set(labels)
-    for row in rows:
-        if row.label not in known:
-            line = f":{row.line}" if row.line else ""
-            shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
-            raise InputError(
-                f"{where}{line}: the class {row.label!r} is not among those of the training file "
-                f"({shown})"
-            )
-
-
-def build_examples(
-    rows: Sequence[Row],
-    tokenizer: Tokenizer,
-    labels: Sequence[str] | None,
-    max_seq_len: int,
-    *,
-    name: str = "",
-    say: Callable[[str], None] | None = None,
-) -> Examples:
-    """[CLS] text [SEP], or [CLS] text [SEP] second [SEP] (Devlin et al. 2018, figure 4).
-
-    Args:
-        rows: texts; pairs where `second` is not None.
-        tokenizer: the model's.
-        labels: the label set, of which every row's label is one; None for texts without labels.
-        max_seq_len: tokens a sequence; longer texts lose their end, of a pair the longer one
-            token by token.
-        name: of the rows, for what is said.
-        say: told how many texts were cut, if any.
-    """
-    first = tokenizer.encode_batch([row.text for row in rows])
-    paired = [number for number, row in enumerate(rows) if row.second is not None]
-    encoded = tokenizer.encode_batch([rows[number].second or "" for number in paired])
-    second = dict(zip(paired, encoded, strict=True))
-    input_ids, token_type_ids, cut = [], [], 0
-    cls, sep = np.array([tokenizer.cls_id]), np.array([tokenizer.sep_id])
-    for number, one in enumerate(first):
-        two = second.get(number)
-        room = max_seq_len - (2 if two is None else 3)
-        of_one, of_two = cut_lengths(len(one), 0 if two is None else len(two), room)
-        parts = [cls, one[:of_one], sep]
-        cut += of_one < len(one)
-        if two is not None:
-            parts += [two[:of_two], sep]
-            cut += of_one == len(one) and of_two < len(two)
-        types = np.zeros(sum(map(len, parts)), dtype=np.int64)
-        types[of_one + 2 :] = 1
-        input_ids.append(np.concatenate(parts))
-        token_type_ids.append(types)
-    if cut and say:
-        of = f"{cut:,} of {counted(len(rows), 'text')}"
-        say(f"{name or 'texts'}: {of} cut to {max_seq_len} tokens")
-    nothing = np.zeros(0, dtype=np.int64)
-    return Examples(
-        input_ids=np.concatenate([nothing, *input_ids]),
-        token_type_ids=np.concatenate([nothing, *token_type_ids]),
-        cu_seqlens=np.cumsum([0, *map(len, input_ids)], dtype=np.int64),
-        sequence_labels=None if labels is None else _targets(rows, labels),
+    name: ClassVar[str] = "classify"
+    summary: ClassVar[str] = "one class a text, or pair of texts; or any number of labels"
+    best_by: ClassVar[str] = "accuracy"
+    kept: ClassVar[tuple[str, ...]] = (
+        "pair",
+        "multi_label",
+        "label_separator",
+        "long_text",
+        "stride",
+        "text_column",
+        "pair_column",
+        "label_column",
     )
 
+    label_column: str | None = option("guessed from the names")
+    multi_label: bool = option("any number of labels a text, scored by micro-F1", False)
+    label_separator: str = option("between the labels of a text, with --multi-label", ",")
+    long_text: str = option(
+        "of a text longer than the model: first part alone, or mean or max over windows", "first"
+    )
+    stride: int = option("tokens that neighbouring windows share", 64)
 
-def _targets(rows: Sequence[Row], labels: Sequence[str]) -> np.ndarray:
-    index = {label: number for number, label in enumerate(labels)}
-    return np.array([index[row.label] for row in rows], dtype=np.int64)
+    def __post_init__(self) -> None:
+        if self.long_text not in LONG_TEXT:
+            raise InputError(
+                f"--long-text must be one of {', '.join(LONG_TEXT)}, got {self.long_text!r}"
+            )
+        if self.multi_label and not self.label_separator:
+            raise InputError("--label-separator must not be empty")
+
+    def read(self, path: str, say: Say) -> list[Row]:
+        table = read_table(
+            path,
+            text_column=self.text_column,
+            pair_column=self.pair_column,
+            label_column=self.label_column,
+            label_separator=self.label_separator if self.multi_label else None,
+            form=self.form,
+        )
+        # other files are read as the first one
+        self.text_column, self.label_column = table.columns.text, table.columns.label
+        self.pair_column = table.columns.pair or ""
+        say(table.describe())
+        return table.rows
+
+    def fit(self, rows: Sequence[Row], where: str = "training rows") -> None:
+        self.pair = any(row.second is not None for row in rows)
+        if self.multi_label:
+            self.labels = ordered({label for row in rows for label in row.labels})
+            if len(self.labels) < 2:
+                raise InputError(
+                    f"{where}: at least 2 different labels are needed, found {len(self.labels)} "
+                    f"({', '.join(self.labels)})"
+                )
+        else:
+            self.labels = label_set([row.label for row in rows], where)
+
+    def check(self, rows: Sequence[Row], where: str = "evaluation rows") -> None:
+        named = [
+            (row.line, label)
+            for row in rows
+            for label in (row.labels if self.multi_label else (row.label,))
+        ]
+        check_labels(named, self.labels, where)
+
+    def load(
+        self, folder: Path, *, dropout: float | None = None, seed: int = 0
+    ) -> tuple[nn.Module, list[str]]:
+        return self.load_classifier(folder, dropout, seed)
+
+    def restore_model(self, folder: Path) -> nn.Module:
+        config = EncoderConfig.from_pretrained(folder)
+        config.labels = list(self.labels)
+        return BertForSequenceClassification.from_pretrained(folder, config=config)
+
+    def restore(self, facts: dict[str, Any], config: EncoderConfig, where: str) -> None:
+        super().restore(facts, config, where)
+        self.labels = self.labels or self.unnamed_labels(Path(where).parent)
+
+    def save_model(self, model: Any, folder: Path) -> None:
+        kind = "multi_label_classification" if self.multi_label else "single_label_classification"
+        self.save_classifier(model, folder, kind)
+
+    def build(
+        self, rows: Sequence[Row], tokenizer: Tokenizer, *, name: str = "", say: Say | None = None
+    ) -> Units:
+        units = pair_units(
+            rows,
+            tokenizer,
+            self.max_seq_len or 512,
+            windowed=self.long_text != "first",
+            stride=self.stride,
+            name=name,
+            say=say,
+        )
+        if self.multi_label and all(set(row.labels) <= set(self.labels) for row in rows):
+            units.values = np.array(
+                [[label in row.labels for label in self.labels] for row in rows], dtype=np.float32
+            ).reshape(len(rows), len(self.labels))
+        elif not self.multi_label and all(row.label in self.labels for row in rows):
+            units.unit_labels = indices((row.label for row in rows), self.labels)
+        return units
+
+    def forward(self, model: Any, batch: TaskBatch, rng: Rng | None = None) -> Outputs:
+        logits = model(batch, rng=rng).logits
+        if self.long_text == "first" or batch.cu_units is None:
+            return Outputs(sequences=logits)
+        return Outputs(sequences=pool_units(logits, batch.cu_units, self.long_text), pooled=True)
+
+    def loss(self, outputs: Outputs, batch: TaskBatch, targets: Targets, shaping: Shaping) -> Loss:
+        assert outputs.sequences is not None
+        if self.multi_label:
+            assert batch.values is not None
+            found = binary_loss(outputs.sequences, batch.values, shaping)
+        else:
+            assert batch.unit_labels is not None
+            found = class_loss(outputs.sequences, batch.unit_labels, shaping)
+        return Loss(found.total / at_least_one(targets.labelled), found.correct)
+
+    def answers(self, rows: Sequence[Row], units: Units, raw: Raw) -> list[dict[str, Any]]:
+        if raw.sequences is None:
+            return []
+        shares = (sigmoid if self.multi_label else softmax)(raw.sequences)
+        return [
+            {**_texts(row), **self._answer(share), **self._truth(row)}
+            for row, share in zip(rows, shares, strict=True)
+        ]
+
+    def _answer(self, shares: np.ndarray) -> dict[str, Any]:
+        probabilities = {
+            label: round(float(share), 6) for label, share in zip(self.labels, shares, strict=True)
+        }
+        if self.multi_label:
+            chosen = [
+                label for label, share in zip(self.labels, shares, strict=True) if share > 0.5
+            ]
+            return {"labels": chosen, "probabilities": probabilities}
+        best = int(shares.argmax())
+        return {
+            "label": self.labels[best],
+            "probability": probabilities[self.labels[best]],
+            "probabilities": probabilities,
+        }
+
+    def _truth(self, row: Row) -> dict[str, Any]:
+        if self.multi_label:
+            return {"true_labels": list(row.labels)} if row.line else {}
+        return {"true_label": row.label} if row.label else {}
+
+    def plain(self, answer: dict[str, Any], line: str) -> str | None:
+        if self.multi_label:
+            return None
+        return f"{answer['label']}\t{answer['probability']:.4f}\t{line}"
+
+    def is_right(self, row: Row, answer: dict[str, Any]) -> bool | None:
+        if self.multi_label:
+            return sorted(answer["labels"]) == sorted(row.labels)
+        return bool(answer["label"] == row.label)
+
+    def score(self, rows: Sequence[Row], units: Units, raw: Raw) -> Scores:
+        assert raw.sequences is not None
+        if self.multi_label:
+            assert units.values is not None
+            chosen, there = raw.sequences > 0, units.values > 0.5
+            return Scores(multi_label_scores(chosen, there), per_label(chosen, there, self.labels))
+        assert units.unit_labels is not None
+        labels, predicted = units.unit_labels, raw.sequences.argmax(axis=-1)
+        right = np.take_along_axis(log_softmax(raw.sequences), labels[:, None], axis=-1)
+        figures = {
+            "accuracy": accuracy(predicted, labels),
+            "macro_f1": macro_f1(predicted, labels),
+            "mcc": matthews(predicted, labels),
+            "majority": majority(labels),
+            "loss": float(-right.mean()),
+        }
+        table = confusion_matrix(predicted, labels, len(self.labels))
+        return Scores(figures, per_class(predicted, labels, self.labels), (table, self.labels))
+
+    def rank(self, figures: dict[str, float]) -> tuple[float, float]:
+        if self.multi_label:
+            return figures["micro_f1"], figures["exact"]
+        return super().rank(figures)
+
+    def summarise(self, figures: dict[str, float]) -> str:
+        if self.multi_label:
+            return super().summarise(figures)
+        return (
+            f"accuracy {figures['accuracy']:.1%}, macro-F1 {figures['macro_f1']:.1%} "
+            f"(majority {figures['majority']:.1%})"
+        )
+
+    def class_counts(self, units: Units) -> np.ndarray | None:
+        if self.multi_label:
+            assert units.values is not None
+            return units.values.sum(axis=0)
+        assert units.unit_labels is not None
+        return np.bincount(units.unit_labels, minlength=len(self.labels))
+
+    def rows_of(self, inputs: Sequence[Any], where: str) -> list[Row]:
+        return self.rows_of_texts(inputs, where)
 
 
-def cut_lengths(first: int, second: int, room: int) -> tuple[int, int]:
-    """How much of each text stays when the longer one loses its last token until both fit.
-
-    At equal lengths the second one loses, as in google-research/bert.
-    """
-    if first + second <= room:
-        return first, second
-    shorter = min(first, second)
-    if shorter <= room // 2:
-        return (room - second, second) if first > second else (first, room - first)
-    return room - room // 2, room // 2
-
-
-def logits(
-    model: BertForSequenceClassification,
-    examples: Examples,
-    *,
-    dtype: torch.dtype = torch.float32,
-    token_budget: int = TOKEN_BUDGET,
-) -> np.ndarray:
-    """[sequences, classes] float32, in the order of the examples.
-
-    Args:
-        model: with a classification head.
-        examples: labels are not looked at.
-        dtype: of matrix products.
-        token_budget: tokens a batch, more where one sequence needs more.
-    """
-    device = model.word_weight.device
-    lengths = examples.lengths
-    out = np.zeros((len(examples), len(model.config.labels)), dtype=np.float32)
-    unlabelled = Examples(examples.input_ids, examples.token_type_ids, examples.cu_seqlens)
-    budget = max(token_budget, int(lengths.max(initial=0)))
-    mixed = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    with torch.inference_mode(), mixed:
-        for chosen in best_fit(lengths, budget):
-            batch = unlabelled.batch(chosen, snug_capacity(lengths[chosen]))
-            result = model(batch.to(device)).logits
-            assert result is not None
-            out[chosen] = result.float().cpu().numpy()
-    return out
-
-
-def classify(
-    model: BertForSequenceClassification,
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    seconds: Sequence[str] | None = None,
-    *,
-    max_seq_len: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    token_budget: int = TOKEN_BUDGET,
-    say: Callable[[str], None] | None = None,
-) -> Predictions:
-    """The class of each text, packed: no padding is computed.
-
-    Args:
-        model: with a classification head.
-        tokenizer: the model's.
-        texts: in any order; answers come in theirs.
-        seconds: the second text of each pair; None for single texts.
-        max_seq_len: tokens a sequence; None for the model's positions.
-        dtype: of matrix products.
-        token_budget: tokens a batch.
-        say: told how many texts were cut, if any.
-
-    Raises:
-        ValueError: not as many second texts as texts.
-        InputError: weights that are not finite.
-    """
-    if seconds is not None and len(seconds) != len(texts):
-        raise ValueError(f"classify: {len(texts)} texts but {len(seconds)} second texts")
-    others: Sequence[str | None] = [None] * len(texts) if seconds is None else seconds
-    rows = [Row(text, second=other) for text, other in zip(texts, others, strict=True)]
-    limit = max_seq_len or model.config.max_seqlen
-    examples = build_examples(rows, tokenizer, None, limit, say=say)
-    probabilities = softmax(logits(model, examples, dtype=dtype, token_budget=token_budget))
-    if not np.isfinite(probabilities).all():
-        raise InputError("classify: the model's weights are not finite")
-    best = probabilities.argmax(axis=-1)
-    return Predictions([model.config.labels[index] for index in best], probabilities)
-
-
-def score(
-    model: BertForSequenceClassification,
-    examples: Examples,
-    *,
-    dtype: torch.dtype = torch.float32,
-    token_budget: int = TOKEN_BUDGET,
-) -> dict[str, float]:
-    """Accuracy, macro_f1, majority (baseline) and loss (nats a text) on labelled examples."""
-    assert examples.sequence_labels is not None
-    labels = examples.sequence_labels
-    found = logits(model, examples, dtype=dtype, token_budget=token_budget)
-    predicted = found.argmax(axis=-1)
-    right = np.take_along_axis(_log_softmax(found), labels[:, None], axis=-1)
-    return {
-        "accuracy": accuracy(predicted, labels),
-        "macro_f1": macro_f1(predicted, labels),
-        "majority": majority(labels),
-        "loss": float(-right.mean()),
-    }
-
-
-def softmax(values: np.ndarray) -> np.ndarray:
-    """[rows, classes] probabilities in the dtype of the logits."""
-    return np.exp(_log_softmax(values)).astype(values.dtype)
-
-
-def _log_softmax(values: np.ndarray) -> np.ndarray:
-    shifted = values.astype(np.float64)
-    shifted -= shifted.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+def _texts(row: Row) -> dict[str, Any]:
+    return {"text": row.text, **({} if row.second is None else {"second": row.second})}

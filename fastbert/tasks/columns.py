@@ -37,7 +37,7 @@ _TEXTS = (
     "body",
     "abstract",
 )
-_LABELS = (
+LABELS = (
     "label",
     "labels",
     "gold_label",
@@ -53,6 +53,8 @@ _LABELS = (
     "quality",
     "y",
 )
+# what a column of scores of pairs is usually called
+SCORES = ("score", "similarity", "similarity_score", "relatedness_score", "rating", "label", "gold")
 # never a label, whatever else is left
 _NUMBERS = ("index", "idx", "id", "guid", "uid", "row", "number", "unnamed: 0")
 
@@ -83,6 +85,7 @@ def guess_columns(
     pair: str | None = None,
     label: str | None = None,
     where: str = "table",
+    label_names: Sequence[str] = LABELS,
 ) -> Columns:
     """Choose among column names by what they are usually called.
 
@@ -91,6 +94,7 @@ def guess_columns(
         text, pair, label: chosen already; None for a guess. A second text is guessed only with
             the first; "" for none.
         where: in front of an error message.
+        label_names: what a label column is usually called.
 
     Raises:
         InputError: no name tells.
@@ -98,7 +102,7 @@ def guess_columns(
     known = {name.strip().lower(): name for name in reversed(names) if name.strip()}
     taken = {text, pair, label}
     if label is None:
-        label = _first(known, _LABELS, taken)
+        label = _first(known, label_names, taken)
     if text is None:
         text, pair = _guess_texts(known, pair, label)
     # with one of the two known, the only column that is left is the other

@@ -20,7 +20,7 @@ class Muon(torch.optim.Optimizer):
     be a tensor that no step reads back: a CUDA graph can hold it.
 
     Args:
-        parameters: matrices.
+        parameters: matrices, or groups of them.
         lr: peak learning rate; later a scalar tensor beside the parameters.
         weight_decay: decoupled.
         momentum: share of the old momentum kept, with Nesterov's look ahead.
@@ -32,7 +32,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         lr: float,
         weight_decay: float = 0.1,
         momentum: float = 0.95,

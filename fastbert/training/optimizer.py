@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ OPTIMIZERS = ("adamw", "muon", "lamb", "stable-adamw")
 CAPTURABLE = ("adamw", "muon")
 _LOSS_SCALE = "loss_scale"
 # an embedding's rows and a classifier's outputs are no map between hidden states
-_NOT_HIDDEN = ("embeddings.", "next_sentence.", "classifier.")
+_NOT_HIDDEN = ("embeddings.", "next_sentence.", "classifier.", "span.", "head.")
 
 
 class Optimizers:
@@ -40,6 +40,8 @@ class Optimizers:
         muon_learning_rate: Muon's peak.
         weight_decay: decoupled; of matrices and embeddings.
         beta2: of AdamW.
+        rate_factor: of a parameter's name: what its peak learning rate is multiplied by; None
+            for 1 throughout.
 
     Attributes:
         loss_scale: by which losses were multiplied before their backward pass; None for 1.
@@ -57,6 +59,7 @@ class Optimizers:
         muon_learning_rate: float = 0.0,
         weight_decay: float = 0.01,
         beta2: float = 0.98,
+        rate_factor: Callable[[str], float] | None = None,
     ) -> None:
         if name not in OPTIMIZERS:
             raise InputError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
@@ -69,15 +72,20 @@ class Optimizers:
         by_muon = set(matrices) if name == "muon" else set()
         by_adamw = [p for p in model.parameters() if p not in by_muon]
         groups = [
-            {"params": [p for p in by_adamw if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in by_adamw if p.ndim <= 1], "weight_decay": 0.0},
+            group
+            for chosen, decay in (
+                ([p for p in by_adamw if p.ndim > 1], weight_decay),
+                ([p for p in by_adamw if p.ndim <= 1], 0.0),
+            )
+            for group in self._by_rate(chosen, learning_rate, decay, rate_factor)
         ]
         device = next(model.parameters()).device
         self.optimizers: list[torch.optim.Optimizer] = [
             _for_vectors(name, groups, learning_rate, (0.9, beta2), device)
         ]
         if by_muon:
-            self.optimizers.append(Muon(matrices, muon_learning_rate, weight_decay))
+            of_muon = self._by_rate(matrices, muon_learning_rate, weight_decay, rate_factor)
+            self.optimizers.append(Muon(of_muon, muon_learning_rate, weight_decay))
         self._assert_covered(model)
         self.loss_scale: LossScale | None = None
         self._groups = [group for o in self.optimizers for group in o.param_groups]
@@ -86,6 +94,23 @@ class Optimizers:
         for group, rate in zip(self._groups, self._rates.unbind(), strict=True):
             group["lr"] = rate
         self._factor = 0.0
+
+    def _by_rate(
+        self,
+        parameters: list[nn.Parameter],
+        peak: float,
+        weight_decay: float,
+        rate_factor: Callable[[str], float] | None,
+    ) -> list[dict[str, Any]]:
+        """Groups of one learning rate each."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            factor = rate_factor(self.names[parameter]) if rate_factor else 1.0
+            groups.setdefault(factor, []).append(parameter)
+        return [
+            {"params": chosen, "lr": peak * factor, "weight_decay": weight_decay}
+            for factor, chosen in (groups or {1.0: []}).items()
+        ]
 
     def step(self, factor: float, clip_norm: float = 0.0) -> Tensor:
         """`set_rates` and `update`."""

@@ -1,0 +1,195 @@
+"""Reranking: how well a passage answers a query, from both texts together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import nn
+
+from fastbert.config import EncoderConfig
+from fastbert.data.text_files import counted
+from fastbert.errors import InputError
+from fastbert.kernels.ops import Rng
+from fastbert.metrics.ranking import ranking_scores
+from fastbert.models import BertForSequenceClassification, Targets
+from fastbert.tasks.inference import sigmoid
+from fastbert.tasks.losses import Loss, Shaping, at_least_one, binary_loss
+from fastbert.tasks.pairs import PairTask, pair_units
+from fastbert.tasks.records import Record, read_records, text_field
+from fastbert.tasks.table import Row, read_table
+from fastbert.tasks.task import Outputs, Raw, Say, Scores
+from fastbert.tasks.units import TaskBatch, Units
+from fastbert.tokenizer import Tokenizer
+
+ACCEPTED = (
+    "query, passage and label (0 or more: how relevant) in .tsv, .csv or .jsonl; or .jsonl with "
+    "query, passages and labels, or query, positives and negatives"
+)
+_POSITIVES, _NEGATIVES = ("positives", "positive", "pos"), ("negatives", "negative", "neg")
+
+
+@dataclass
+class Rerank(PairTask):
+    """A relevance a query and passage, to order a query's passages by."""
+
+    name: ClassVar[str] = "rerank"
+    summary: ClassVar[str] = "how relevant a passage is to a query"
+    best_by: ClassVar[str] = "ndcg_at_10"
+    noun: ClassVar[str] = "passage"
+    kept: ClassVar[tuple[str, ...]] = ("text_column", "pair_column")
+
+    def __post_init__(self) -> None:
+        self.pair = True
+
+    def read(self, path: str, say: Say) -> list[Row]:
+        lists = None
+        if path.lower().endswith((".jsonl", ".jsonl.gz")):
+            records = read_records(Path(path), self.form)
+            lists = list(_listed(path, records.rows)) if _is_listed(records.rows[0]) else None
+        if lists is not None:
+            rows, layout = lists, "lists of passages"
+        else:
+            table = read_table(
+                path,
+                text_column=self.text_column,
+                pair_column=self.pair_column,
+                label_names=("label", "relevance", "score", "gain"),
+                form=self.form,
+            )
+            if table.columns.pair is None:
+                raise InputError(f"{path}: no column of passages; {ACCEPTED} are read")
+            self.text_column, self.pair_column = table.columns.text, table.columns.pair
+            rows, layout = table.rows, table.describe().partition(": ")[2]
+        for row in rows:
+            _gain(row, f"{path}:{row.line}")
+        queries = len({row.text for row in rows})
+        say(f"{path}: {counted(len(rows), 'passage')} of {queries:,} queries; {layout}")
+        return rows
+
+    def fit(self, rows: Sequence[Row], where: str = "training rows") -> None:
+        self.labels = ["relevance"]
+        self.check(rows, where)
+        if all(_gain(row, where) > 0 for row in rows):
+            raise InputError(f"{where}: every passage is relevant; others are needed too")
+
+    def check(self, rows: Sequence[Row], where: str = "evaluation rows") -> None:
+        if not any(_gain(row, where) > 0 for row in rows):
+            raise InputError(f"{where}: no passage is relevant")
+
+    def load(
+        self, folder: Path, *, dropout: float | None = None, seed: int = 0
+    ) -> tuple[nn.Module, list[str]]:
+        return self.load_classifier(folder, dropout, seed)
+
+    def restore_model(self, folder: Path) -> nn.Module:
+        config = EncoderConfig.from_pretrained(folder)
+        config.labels = config.labels[:1] or ["relevance"]
+        return BertForSequenceClassification.from_pretrained(folder, config=config)
+
+    def build(
+        self, rows: Sequence[Row], tokenizer: Tokenizer, *, name: str = "", say: Say | None = None
+    ) -> Units:
+        units = pair_units(rows, tokenizer, self.max_seq_len or 512, name=name, say=say)
+        if all(row.label for row in rows):
+            gains = np.array([[float(row.label)] for row in rows], dtype=np.float32)
+            units.values = (gains > 0).astype(np.float32)
+        return units
+
+    def forward(self, model: Any, batch: TaskBatch, rng: Rng | None = None) -> Outputs:
+        return Outputs(sequences=model(batch, rng=rng).logits)
+
+    def loss(self, outputs: Outputs, batch: TaskBatch, targets: Targets, shaping: Shaping) -> Loss:
+        assert outputs.sequences is not None and batch.values is not None
+        found = binary_loss(outputs.sequences, batch.values, shaping)
+        return Loss(found.total / at_least_one(targets.labelled), found.correct)
+
+    def answers(self, rows: Sequence[Row], units: Units, raw: Raw) -> list[dict[str, Any]]:
+        assert raw.sequences is not None
+        return [
+            {
+                "query": row.text,
+                "passage": row.second,
+                "relevance": round(float(share), 6),
+                "score": round(float(logit), 6),
+                **({"true_gain": float(row.label)} if row.label else {}),
+            }
+            for row, share, logit in zip(
+                rows, sigmoid(raw.sequences[:, 0]), raw.sequences[:, 0], strict=True
+            )
+        ]
+
+    def plain(self, answer: dict[str, Any], line: str) -> str | None:
+        return f"{answer['relevance']:.4f}\t{line}"
+
+    def is_right(self, row: Row, answer: dict[str, Any]) -> bool | None:
+        return (answer["relevance"] > 0.5) == (float(row.label) > 0)
+
+    def score(self, rows: Sequence[Row], units: Units, raw: Raw) -> Scores:
+        assert raw.sequences is not None and units.values is not None
+        logits = raw.sequences[:, 0]
+        by_query: dict[str, list[int]] = {}
+        for number, row in enumerate(rows):
+            by_query.setdefault(row.text, []).append(number)
+        ranked, gains = {}, {}
+        for query, numbers in by_query.items():
+            order = sorted(numbers, key=lambda number: -logits[number])
+            ranked[query] = [str(number) for number in order]
+            gains[query] = {str(number): float(rows[number].label) for number in numbers}
+        figures = ranking_scores(ranked, gains)
+        shown = {name: figures[name] for name in ("ndcg_at_10", "mrr_at_10")}
+        right = (logits > 0) == (units.values[:, 0] > 0.5)
+        return Scores({**shown, "accuracy": float(right.mean())})
+
+    def class_counts(self, units: Units) -> np.ndarray | None:
+        """Passages that are relevant; the weight is that of a relevant one over another."""
+        return None
+
+    def rows_of(self, inputs: Sequence[Any], where: str) -> list[Row]:
+        return self.rows_of_texts(inputs, where)
+
+
+def _gain(row: Row, where: str) -> float:
+    try:
+        return float(row.label)
+    except ValueError:
+        raise InputError(
+            f"{where}: the label must be a number, how relevant the passage is, got {row.label!r}"
+        ) from None
+
+
+def _is_listed(record: Record) -> bool:
+    names = ("passages", *_POSITIVES)
+    return any(isinstance(record.fields.get(name), list) for name in names)
+
+
+def _listed(path: str, records: Sequence[Record]) -> Iterator[Row]:
+    for record in records:
+        where, fields = f"{path}:{record.line}", record.fields
+        query = text_field(where, fields, "query")
+        if "passages" in fields:
+            passages, labels = fields["passages"], fields.get("labels")
+            if not isinstance(labels, list) or len(labels) != len(passages):
+                raise InputError(f"{where}: passages and labels must be lists of one length")
+            found = list(zip(passages, labels, strict=True))
+        else:
+            found = [
+                (passage, gain)
+                for names, gain in ((_POSITIVES, 1), (_NEGATIVES, 0))
+                for name in names
+                for passage in _list(where, fields, name)
+            ]
+        for passage, gain in found:
+            if not isinstance(passage, str):
+                raise InputError(f"{where}: a passage must be text, got {passage!r:.60}")
+            yield Row(query, str(gain), passage, record.line)
+
+
+def _list(where: str, fields: dict[str, Any], name: str) -> list[Any]:
+    value = fields.get(name, [])
+    if not isinstance(value, list):
+        raise InputError(f"{where}: field {name!r} must be a list of passages")
+    return value
