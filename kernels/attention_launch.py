@@ -61,7 +61,7 @@ def default(kernel: str, head_dim: int, itemsize: int) -> Launch | None:
     wide = head_dim > 64
     if itemsize == 4:
         # ordinary units multiply, and every operand is twice as large
-        if kernel.endswith("_128") or (wide and "bwd_owned" in kernel):
+        if kernel.endswith("_128") or ("bwd_owned" in kernel and head_dim > 32):
             return None
         if kernel.endswith("_64"):
             return Launch(64, 32, num_warps=8, num_stages=1)
