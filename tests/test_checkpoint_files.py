@@ -101,10 +101,13 @@ def test_nothing_is_unpickled_but_tensors(tmp_path):
     ],
 )
 def test_a_broken_index(index, message, tmp_path):
-    their_model("bert", "BertForMaskedLM").config.save_pretrained(tmp_path)
-    (tmp_path / checkpoint.INDEX_FILE).write_text(json.dumps(index))
+    folder = tmp_path / "model"
+    their_model("bert", "BertForMaskedLM").config.save_pretrained(folder)
+    # a file that is there, outside the folder
+    save_file({"a": torch.zeros(1)}, tmp_path / "elsewhere.safetensors")
+    (folder / checkpoint.INDEX_FILE).write_text(json.dumps(index))
     with pytest.raises(InputError, match=message):
-        BertForMaskedLM.from_pretrained(tmp_path)
+        BertForMaskedLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
