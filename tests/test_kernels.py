@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# each takes half a gigabyte
+PROCESSES = 4
 FILES = sorted(
     path.name
     for path in (ROOT / "tests").glob("test_kernel_*.py")
@@ -17,9 +21,22 @@ FILES = sorted(
 )
 
 
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[None]]]:
+    """The chosen files' processes, as many at once as there are processors."""
+    chosen = [
+        item.callspec.params["file"]
+        for item in request.session.items
+        if getattr(item, "originalname", "") == "test_in_the_interpreter"
+    ]
+    with ThreadPoolExecutor(min(PROCESSES, len(os.sched_getaffinity(0)))) as pool:
+        yield {file: pool.submit(interpreted, f"tests/{file}") for file in chosen}
+        pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.parametrize("file", FILES)
-def test_in_the_interpreter(file):
-    interpreted(f"tests/{file}")
+def test_in_the_interpreter(file: str, runs: dict[str, Future[None]]) -> None:
+    runs[file].result()
 
 
 @pytest.mark.slow
