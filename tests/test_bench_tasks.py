@@ -37,7 +37,7 @@ def test_bm25_by_hand() -> None:
 
 def test_cranfield_is_matched_by_order(data, tmp_path) -> None:
     if not (data / "retrieval" / "cranfield").is_dir():
-        pytest.skip("no Cranfield")
+        pytest.skip(f"the public data at {data} lack retrieval/cranfield")
     whole = Cranfield.read(data)
     assert len(whole.documents) == 1400 and list(whole.queries) == [str(n + 1) for n in range(225)]
     assert sum(map(len, whole.gains.values())) == 1837 - 225
@@ -52,7 +52,7 @@ def test_cranfield_is_matched_by_order(data, tmp_path) -> None:
 
 def test_trec_has_six_classes(data, tmp_path) -> None:
     if not (data / "classification" / "trec6").is_dir():
-        pytest.skip("no TREC")
+        pytest.skip(f"the public data at {data} lack classification/trec6")
     files = trec(data, tmp_path)
     task = make_task("classify")
     rows = task.read(str(files.train), lambda _: None)

@@ -202,7 +202,7 @@ def test_paths_under_a_scheme_are_well_formed(scheme) -> None:
 )
 def test_public_data_sets(data, name, sentences, words, scheme) -> None:
     if not (data / name).is_file():
-        pytest.skip(f"no {data / name}")
+        pytest.skip(f"the public data at {data} lack {name}")
     task = Tag()
     rows = task.read(str(data / name), lambda _: None)
     assert len(rows) == sentences and sum(len(row.words) for row in rows) == words

@@ -6,16 +6,15 @@ arXiv:1804.04235, in place of clipping gradients).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fastbert.training.gated import gated_gradients, keep_where_finite
+from fastbert.training.moments import Moments
 
 
-class StableAdamW(torch.optim.Optimizer):
+class StableAdamW(Moments):
     """AdamW with update clipping, tensor by tensor.
 
     Args:
@@ -34,30 +33,18 @@ class StableAdamW(torch.optim.Optimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.01,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults)
+        super().__init__(params, lr, betas, eps, weight_decay)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update."""
-        loss = closure() if closure is not None else None
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for parameter, gradient in gated_gradients(self, group):
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
-                with keep_where_finite(self, parameter, state):
-                    state["step"] += 1
-                    first, second, step = state["exp_avg"], state["exp_avg_sq"], state["step"]
-                    first.lerp_(gradient, 1 - beta1)
-                    second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-                    moment = second / (1 - beta2**step)
-                    surprise = (gradient.square() / moment.clamp(min=group["eps"] ** 2)).mean()
-                    rate = group["lr"] / surprise.sqrt().clamp(min=1.0)
-                    update = first / (1 - beta1**step) / moment.sqrt_().add_(group["eps"])
-                    parameter.mul_(1 - rate * group["weight_decay"])
-                    parameter -= rate * update
-        return loss
+    def _move(
+        self,
+        group: dict[str, Any],
+        parameter: Tensor,
+        gradient: Tensor,
+        mean: Tensor,
+        square: Tensor,
+    ) -> None:
+        surprise = (gradient.square() / square.clamp(min=group["eps"] ** 2)).mean()
+        rate = group["lr"] / surprise.sqrt().clamp(min=1.0)
+        update = mean.div_(square.sqrt_().add_(group["eps"]))
+        parameter.mul_(1 - rate * group["weight_decay"])
+        parameter -= rate * update
