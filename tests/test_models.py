@@ -544,3 +544,13 @@ def test_outputs_slice_and_name_what_is_there():
     assert output.keys()[:2] == ["loss", "logits"] and len(output) == len(output.keys())
     assert output[:2] == (output.loss, output.logits) == output.to_tuple()[:2]
     assert [value is not None for value in output] == [True] * len(output)
+
+
+def test_an_answer_past_the_end_of_its_packed_sequence_is_no_target():
+    model = fresh(BertForQuestionAnswering)
+    batch = tiny_examples([5, 6], masked=False, spans=True).batch([0, 1])
+    losses = []
+    for answer in ([IGNORE_INDEX, IGNORE_INDEX], [1, 5]):
+        batch.span_labels[0] = torch.tensor(answer)
+        losses.append(model(batch).sequence_loss_sum)
+    assert torch.equal(*losses)
