@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 # read by huggingface_hub at import, so it is set before anything else comes in
@@ -15,6 +17,7 @@ from fastbert.threads import sleep_soon
 # also for the processes that tests start
 sleep_soon()
 
+import interpreter
 import numpy as np
 import pytest
 import torch
@@ -28,11 +31,27 @@ torch.backends.cudnn.allow_tf32 = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # their processes run beside all other tests
+    items.sort(key=lambda item: item.path.name == "test_kernels.py")
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="torch sees no CUDA or HIP device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_runs(
+    cache: None, request: pytest.FixtureRequest
+) -> Iterator[dict[str, Future[None]]]:
+    """The chosen kernel tests' processes by file, started with the session."""
+    chosen = [
+        item.callspec.params["file"]
+        for item in request.session.items
+        if getattr(item, "originalname", "") == "test_in_the_interpreter"
+    ]
+    with interpreter.started(chosen) as runs:
+        yield runs
 
 
 @pytest.fixture(autouse=True)
