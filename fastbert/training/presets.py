@@ -25,7 +25,8 @@ class Preset:
 
 PRESETS = {
     "bert-original": Preset(
-        "Devlin et al. 2018, arXiv:1810.04805, appendix A.2: 256 sequences of 512, 1M steps",
+        "Devlin et al. 2018, arXiv:1810.04805, appendix A.2: 256 sequences of 512, 1M steps; "
+        "clipping at 1 as in google-research/bert, optimization.py",
         {
             "size": "base",
             "objective": "mlm+nsp",
@@ -67,7 +68,8 @@ PRESETS = {
     ),
     "bert-large-lamb": Preset(
         "You et al. 2020, arXiv:1904.00962, with the phase-1 settings of NVIDIA's "
-        "DeepLearningExamples (BERT): 64K sequences of 128, 7,038 steps",
+        "DeepLearningExamples (BERT, scripts/configs/pretrain_config.sh): 8 times 8,192 sequences "
+        "of 128, 7,038 steps",
         {
             "size": "large",
             "objective": "mlm+nsp",
@@ -84,16 +86,18 @@ PRESETS = {
             "token_budget": 32768,
             "accumulation": 256,
         },
-        "phase 2, 1,563 steps at length 512, is a run of its own",
+        "phase 2, 1,563 steps at length 512 and a peak of 4e-3, is a run of its own; the decay "
+        "there is the square root of a straight line, here straight",
         7_038,
     ),
     "24h-bert": Preset(
-        "Izsak et al. 2021, arXiv:2104.07705: 4,096 sequences of 128, a day on 8 GPUs",
+        "Izsak et al. 2021, arXiv:2104.07705, as the authors run their best configuration "
+        "(academic-budget-bert, README): 4,096 sequences of 128, a day on 8 GPUs",
         {
             "size": "large",
             "objective": "mlm",
             "optimizer": "adamw",
-            "learning_rate": 2e-3,
+            "learning_rate": 1e-3,
             "beta2": 0.98,
             "weight_decay": 0.01,
             "clip_norm": 0.0,
@@ -108,8 +112,9 @@ PRESETS = {
         "the published model normalises before, not after, each block",
     ),
     "cramming": Preset(
-        "Geiping and Goldstein 2022, arXiv:2212.14034, section 4.3: batch ramped to 8,192 "
-        "sequences of 128, no dropout, clipping at 0.5, one triangle of the learning rate",
+        "Geiping and Goldstein 2022, arXiv:2212.14034, section 4.3, in the authors' last version "
+        "(cramming, config/train/bert-o4): batch ramped to 8,192 sequences of 128, 25 % masked, no "
+        "dropout, clipping at 0.5, the rate up for three quarters of the run and down in the last",
         {
             "size": "base",
             "objective": "mlm",
@@ -119,18 +124,20 @@ PRESETS = {
             "weight_decay": 0.01,
             "clip_norm": 0.5,
             "schedule": "linear",
-            "warmup": 0.5,
+            "warmup": 0.75,
             "dropout": 0.0,
-            "mask_probability": 0.15,
+            "mask_probability": 0.25,
             "max_seq_len": 128,
             "token_budget": 16384,
             "accumulation": 64,
         },
-        "the batch is not ramped here",
+        "the batch is not ramped here; the published rate starts at a quarter of its peak, here "
+        "at 0",
     ),
     "mosaicbert": Preset(
-        "Portes et al. 2023, arXiv:2312.17482, appendix: 4,096 sequences of 128, 70K steps, "
-        "30 % masked, decoupled weight decay 1e-5",
+        "Portes et al. 2023, arXiv:2312.17482, as in mosaicml/examples (benchmarks/bert, "
+        "mosaic-bert-base-uncased.yaml): 4,096 sequences of 128, 286.72M of them, 30 % masked, "
+        "decoupled weight decay 1e-5",
         {
             "size": "base",
             "objective": "mlm",
@@ -147,12 +154,13 @@ PRESETS = {
             "token_budget": 32768,
             "accumulation": 16,
         },
-        "the published rate ends at 2 % of its peak, here at 0",
+        "the published rate ends at 2 % of its peak, here at 0; no dropout of attention there",
         70_000,
     ),
     "modernbert": Preset(
-        "Warner et al. 2024, arXiv:2412.13663, table 3 (base): 4,608 sequences of 1,024, "
-        "StableAdamW, warm-up, plateau and decay, 30 % masked",
+        "Warner et al. 2024, arXiv:2412.13663, table 3 (base), and the authors' "
+        "modernbert-base-pretrain.yaml: 4,608 sequences of 1,024, 1,719B tokens, 3B of warm-up, "
+        "StableAdamW, 30 % masked",
         {
             "size": "base",
             "objective": "mlm",
@@ -169,11 +177,13 @@ PRESETS = {
             "token_budget": 32768,
             "accumulation": 144,
         },
-        "the batch is not ramped here, the decay is straight, and length stays 1,024",
+        "the batch is not ramped here and length stays 1,024; the plateau there lasts to the end "
+        "of 1,719B tokens, and 50B of decay follow those of longer context; here the last 40 % "
+        "decay; attention's output is dropped out at 0.1 there",
     ),
     "neobert-like": Preset(
-        "Le Breton et al. 2025, arXiv:2502.19587, section 3: batches of 2M tokens, AdamW with "
-        "betas 0.9 and 0.95, 20 % masked, cosine decay",
+        "Le Breton et al. 2025, arXiv:2502.19587, section 3: batches of 2M tokens, 1M steps, 2,000 "
+        "of warm-up, AdamW with betas 0.9 and 0.95, 20 % masked, cosine decay over 900K steps",
         {
             "size": "base",
             "objective": "mlm",
