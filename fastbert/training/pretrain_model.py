@@ -1,0 +1,59 @@
+"""The model that a pre-training run moves, and what moves it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from fastbert.config import EncoderConfig, refuse_foreign_tokenizer
+from fastbert.data.objectives import Objective
+from fastbert.errors import InputError
+from fastbert.models import BertForMaskedLM, BertForPreTraining, resolve_model
+from fastbert.training.optimizer import Optimizers
+from fastbert.training.pretrain_config import PretrainConfig
+from fastbert.training.pretrain_text import Text
+
+
+def build_model(config: PretrainConfig, text: Text) -> BertForPreTraining | BertForMaskedLM:
+    """Fresh weights, or those of `--model`."""
+    objective = Objective.parse(config.objective)
+    architecture = BertForPreTraining if objective.pair else BertForMaskedLM
+    vocab_size = text.tokenizer.vocab_size
+    if config.model is None:
+        model = architecture.from_config(config.encoder(vocab_size), config.seed)
+        # a decoder that starts at the unigram need not spend its first steps on finding it
+        model.masked_lm.bias.data.copy_(torch.from_numpy(text.log_probabilities))
+        return model
+    folder = resolve_model(config.model)
+    saved = EncoderConfig.from_pretrained(folder)
+    refuse_foreign_tokenizer(vocab_size, saved, f"--model {config.model}")
+    if config.max_seq_len > saved.max_position_embeddings:
+        raise InputError(
+            f"--max-seq-len must be at most {saved.max_position_embeddings}, the positions of "
+            f"--model {config.model}, got {config.max_seq_len}"
+        )
+    if objective.pair and saved.pair_classes != objective.classes:
+        raise InputError(
+            f"--objective {config.objective}: --model {config.model} tells {saved.pair_classes} "
+            f"orders apart, not {objective.classes}"
+        )
+    changed = dataclasses.replace(
+        saved,
+        hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.dropout,
+    )
+    return architecture.from_pretrained(folder, config=changed, new_heads=True, seed=config.seed)
+
+
+def build_optimizers(model: nn.Module, config: PretrainConfig) -> Optimizers:
+    """As the settings say."""
+    return Optimizers(
+        model,
+        config.optimizer,
+        learning_rate=config.learning_rate,
+        muon_learning_rate=config.muon_learning_rate,
+        weight_decay=config.weight_decay,
+        beta2=config.beta2,
+    )

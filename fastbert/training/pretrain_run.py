@@ -1,0 +1,147 @@
+"""A pre-training run from its text to a model folder and a report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from fastbert.data.objectives import Objective
+from fastbert.errors import InputError
+from fastbert.files import atomic_write
+from fastbert.training.curves import draw_curves
+from fastbert.training.evaluation import evaluate_pretraining, unigram_loss
+from fastbert.training.loop import compute_dtype, default_device, describe_path, train
+from fastbert.training.meter import Meter, NoMeter
+from fastbert.training.parallel import Ranks
+from fastbert.training.pretrain_config import PretrainConfig
+from fastbert.training.pretrain_model import build_model, build_optimizers
+from fastbert.training.pretrain_text import Text
+from fastbert.training.state import TrainState, load_checkpoint, save_checkpoint
+
+MODEL_FOLDER, REPORT_FILE = "model", "report.json"
+
+
+def pretrain_on(
+    text: Text,
+    config: PretrainConfig,
+    folder: Path,
+    *,
+    resume: bool,
+    say: Callable[[str], None],
+    ranks: Ranks | None = None,
+) -> dict[str, Any]:
+    ranks = ranks or Ranks()
+    device = default_device()
+    loop, stream_config = config.loop(), config.stream(device)
+    dtype = compute_dtype(config.dtype, device)
+    tokenizer = text.tokenizer
+    model = build_model(config, text)
+    objective = stream_config.objective
+    model.loss_weights = (objective.mlm_weight, objective.pair_weight)
+    model.encoder.recompute = config.recompute
+    model.to(device)
+    optimizers = build_optimizers(model, config)
+    state = TrainState(corpus=text.checksum)
+    if resume:
+        # one after another: a damaged checkpoint is set aside but once
+        if not ranks.first:
+            ranks.barrier()
+        state = load_checkpoint(folder, model, optimizers, say=say)
+        if ranks.first:
+            ranks.barrier()
+        if state.corpus and state.corpus != text.checksum:
+            raise InputError(
+                f"--resume: the text or the vocabulary has changed since {folder} was started"
+            )
+        state.corpus = text.checksum
+    meter = Meter(folder, "pretrain") if ranks.first else NoMeter()
+    say(describe_path(device))
+    say(
+        f"pre-training {config.size} ({sum(p.numel() for p in model.parameters()):,} parameters) "
+        f"on {device.type} in {str(dtype).removeprefix('torch.')}, {stream_config.objective}, "
+        f"{config.token_budget * config.accumulation:,} tokens a step"
+    )
+
+    def evaluate() -> dict[str, float]:
+        return {
+            f"{name}{figure}": value
+            for name, batches in text.scored.items()
+            for figure, value in evaluate_pretraining(model, batches, dtype).items()
+        }
+
+    if config.model is not None and not state.step and ranks.first:
+        # what the weights know before they see this text
+        meter.evaluation(state, evaluate())
+    before = state.tokens, state.seconds
+    with closing(text.batches(state)) as batches:
+        finished = train(
+            model,
+            optimizers,
+            batches,
+            loop,
+            state,
+            meter,
+            folder,
+            evaluate=evaluate,
+            ranks=ranks,
+        )
+    meter.close()
+    if not finished:
+        say(f"interrupted at step {state.step}; saved")
+        return {}
+    if not ranks.first:
+        return {}
+    save_checkpoint(folder, state, model, optimizers)
+    figures = evaluate()
+    meter.evaluation(state, figures)
+    unigram = unigram_loss(text.scored[""], text.log_probabilities)
+    model.save_pretrained(folder / MODEL_FOLDER)
+    tokenizer.save_pretrained(folder / MODEL_FOLDER, model_max_length=config.max_seq_len)
+    stream_config.objective.save(folder / MODEL_FOLDER, config.max_seq_len)
+    report = {
+        **{f"{name}_heldout": value for name, value in figures.items()},
+        "unigram_loss_heldout": unigram,
+        "steps": state.step,
+        "tokens": state.tokens,
+        "seconds": round(state.seconds, 1),
+        "real_tokens_per_s": round(
+            (state.tokens - before[0]) / max(state.seconds - before[1], 1e-9), 1
+        ),
+        "packing_efficiency": round(
+            state.tokens / (state.step * config.token_budget * config.accumulation), 4
+        ),
+    }
+    title = f"fastbert {config.size}, {stream_config.objective}: {state.tokens:,} tokens"
+    picture = draw_curves(folder, title, baseline=unigram)
+    say(_summary(report, config.objective, folder, picture))
+    return report
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write `report.json`."""
+    with atomic_write(folder / REPORT_FILE) as file:
+        json.dump(report, file, indent=2)
+        file.write("\n")
+
+
+def _summary(report: dict[str, Any], objective: str, folder: Path, picture: Path | None) -> str:
+    lines = [
+        f"held out: masked-LM loss {report['mlm_loss_heldout']:.3f} nats "
+        f"(unigram {report['unigram_loss_heldout']:.3f}), "
+        f"masked accuracy {report['masked_accuracy_heldout']:.1%}"
+    ]
+    if "pair_accuracy_heldout" in report:
+        chance = 1.0 / Objective.parse(objective).classes
+        lines[0] += f", pair accuracy {report['pair_accuracy_heldout']:.1%} (chance {chance:.0%})"
+    if "replay_mlm_loss_heldout" in report:
+        lines.append(
+            f"held out of --replay: masked-LM loss {report['replay_mlm_loss_heldout']:.3f} nats, "
+            f"masked accuracy {report['replay_masked_accuracy_heldout']:.1%}"
+        )
+    lines.append(f"model in {folder / MODEL_FOLDER}")
+    if picture is None:
+        lines.append("no curves.png: matplotlib is not installed (pip install 'fastbert[plot]')")
+    return "\n".join(lines)
