@@ -14,6 +14,7 @@ _HOMES = {
     "BertForNextSentencePrediction": "models",
     "BertForPreTraining": "models",
     "BertForQuestionAnswering": "models",
+    "BertForReplacedTokenDetection": "models",
     "BertForSequenceClassification": "models",
     "BertForTokenClassification": "models",
     "BertModel": "models",

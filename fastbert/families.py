@@ -234,12 +234,17 @@ def _electra() -> Family:
         "masked_lm.norm": "generator_predictions.LayerNorm",
         "masked_lm.bias": "generator_lm_head.bias",
     }
+    detection = {
+        "detection.dense": "discriminator_predictions.dense",
+        "detection.projection": "discriminator_predictions.dense_prediction",
+    }
     dropped: dict[str, Any] = {"dropout": "classifier_dropout_prob"}
     heads = {
         "BertModel": Head("ElectraModel"),
         "BertForMaskedLM": Head(
             "ElectraForMaskedLM", masked, activation="gelu", tied=("generator_lm_head.weight",)
         ),
+        "BertForReplacedTokenDetection": Head("ElectraForPreTraining", detection, labels=False),
         "BertForSequenceClassification": Head(
             "ElectraForSequenceClassification",
             _DEEP_CLASSIFIER,

@@ -121,6 +121,23 @@ class Projection(nn.Module):
         return F.linear(kept, self.dense.weight, self.dense.bias)
 
 
+class DetectionHead(nn.Module):
+    """dense, GELU, one number a token: was it replaced (Clark et al. 2020)."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.activation = config.hidden_act
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.projection = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[rows, hidden_size] -> [rows] logits, positive for replaced tokens."""
+        approximate = "tanh" if self.activation == "gelu_new" else "none"
+        dense = F.linear(hidden_states, self.dense.weight, self.dense.bias)
+        activated = F.gelu(dense, approximate=approximate)
+        return F.linear(activated, self.projection.weight, self.projection.bias).squeeze(-1)
+
+
 def dropped(
     states: Tensor, dropout_p: float, rng: Rng | None, site: int = _BEFORE_PROJECTION
 ) -> Tensor:

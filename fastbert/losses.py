@@ -51,6 +51,26 @@ def class_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss, (right & ~absent).all(dim=1).sum()
 
 
+def detection_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy of single tokens (Clark et al. 2020, equation 3).
+
+    Args:
+        logits: [rows].
+        labels: [rows] int64, 1 for a replaced token, 0 for an original one, -100 for no target.
+
+    Returns:
+        The sum over targets, and how many logits are on their label's side of 0.
+    """
+    absent = labels == IGNORE_INDEX
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # a row without a target may hold anything
+    wide = wide.masked_fill(absent, 0.0)
+    wanted = labels.masked_fill(absent, 0).to(wide.dtype)
+    errors = F.binary_cross_entropy_with_logits(wide, wanted, reduction="none")
+    right = ((wide > 0) == (wanted > 0.5)) & ~absent
+    return errors.masked_fill(absent, 0.0).sum(), right.sum()
+
+
 def span_loss(logits: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """Cross-entropy of where an answer starts and ends (Devlin et al. 2018, section 4.2).
 

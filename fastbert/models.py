@@ -17,6 +17,7 @@ from fastbert.losses import class_loss, span_loss
 from fastbert.model import Model, resolve_model
 from fastbert.outputs import BertOutput, Output, Targets, TrainingOutput
 from fastbert.packing import PackedBatch
+from fastbert.replaced_tokens import BertForReplacedTokenDetection
 
 __all__ = [
     "LORA_TARGETS",
@@ -25,6 +26,7 @@ __all__ = [
     "BertForNextSentencePrediction",
     "BertForPreTraining",
     "BertForQuestionAnswering",
+    "BertForReplacedTokenDetection",
     "BertForSequenceClassification",
     "BertForTokenClassification",
     "BertModel",
@@ -258,7 +260,7 @@ class BertForTokenClassification(Model):
             rows = rows.masked_fill((batch.labels < 0)[:, None], 0.0)
             loss_sum, correct = class_loss(rows, batch.labels)
             output.masked_lm_loss_sum, output.masked_lm_correct = loss_sum.detach(), correct
-            _add_loss(output, loss_sum, (targets or Targets.of(batch)).masked)
+            output.add_loss(loss_sum, (targets or Targets.of(batch)).masked)
         return output
 
 
@@ -303,7 +305,7 @@ class BertForQuestionAnswering(Model):
         if call.batch.span_labels is not None:
             loss_sum, output.sequence_correct = span_loss(logits, call.batch)
             output.sequence_loss_sum = loss_sum.detach()
-            _add_loss(output, loss_sum, (targets or Targets.of(call.batch)).labelled)
+            output.add_loss(loss_sum, (targets or Targets.of(call.batch)).labelled)
         return output
 
 
@@ -381,7 +383,7 @@ def _masked_lm_loss(
         hidden_states, batch.masked_positions, batch.labels, model.word_weight
     )
     output.masked_lm_loss_sum, output.masked_lm_correct = loss_sum.detach(), correct
-    _add_loss(output, loss_sum, targets.masked, model.loss_weights[0])
+    output.add_loss(loss_sum, targets.masked, model.loss_weights[0])
 
 
 def _with_sequence_loss(
@@ -398,12 +400,4 @@ def _sequence_loss(
 ) -> None:
     loss_sum, output.sequence_correct = class_loss(logits, labels)
     output.sequence_loss_sum = loss_sum.detach()
-    _add_loss(output, loss_sum, targets.labelled, weight)
-
-
-def _add_loss(
-    output: TrainingOutput, loss_sum: Tensor, targets: int | Tensor, weight: float = 1.0
-) -> None:
-    count = targets if isinstance(targets, Tensor) else max(targets, 1)
-    share = loss_sum / count if weight == 1.0 else loss_sum * weight / count
-    output.loss = share if output.loss is None else output.loss + share
+    output.add_loss(loss_sum, targets.labelled, weight)

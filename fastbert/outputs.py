@@ -71,6 +71,12 @@ class TrainingOutput(Output):
     sequence_loss_sum: Tensor | None = None
     sequence_correct: Tensor | None = None
 
+    def add_loss(self, loss_sum: Tensor, targets: int | Tensor, weight: float = 1.0) -> None:
+        """Add one objective, summed over its targets, to the loss as their mean."""
+        count = targets if isinstance(targets, Tensor) else max(targets, 1)
+        share = loss_sum / count if weight == 1.0 else loss_sum * weight / count
+        self.loss = share if self.loss is None else self.loss + share
+
     @property
     def prediction_logits(self) -> Tensor | None:
         """`logits` under transformers' name for BertForPreTraining."""

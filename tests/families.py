@@ -121,10 +121,15 @@ def labels_for(name: str, batch: dict[str, Tensor], seed: int) -> dict[str, Tens
     if name == "BertForMultipleChoice":
         return {"labels": torch.randint(0, 2, (rows // 2,), generator=generator)}
     mask = batch["attention_mask"]
-    classes = CLASSES if name == "BertForTokenClassification" else VOCABULARY
+    # replaced or not, one of some classes, or any word
+    named = {"BertForReplacedTokenDetection": 2, "BertForTokenClassification": CLASSES}
+    classes = named.get(name, VOCABULARY)
     labels = torch.randint(0, classes, mask.shape, generator=generator)
     chosen = torch.rand(mask.shape, generator=generator) < 0.4
     chosen[0, 0] = True
+    if name == "BertForReplacedTokenDetection":
+        # theirs knows no ignored label, and takes every token
+        chosen[:] = True
     labels[~(chosen & (mask != 0))] = IGNORE_INDEX
     found = {"labels": labels}
     if name == "BertForPreTraining":
@@ -190,7 +195,11 @@ def their_loss(model: nn.Module, batch: dict[str, Tensor], labels: dict[str, Ten
     if "start_positions" not in labels:
         if output.loss.dtype == next(model.parameters()).dtype:
             return output.loss
-        # ModernBERT rounds its logits to fp32, also where it is the fp64 oracle
+        # in fp64, the oracle's, ELECTRA rounds the loss to fp32, and ModernBERT its logits
+        if output.logits.dim() == 2:
+            real = batch["attention_mask"] != 0
+            wanted = labels["labels"][real].to(output.logits.dtype)
+            return nn.functional.binary_cross_entropy_with_logits(output.logits[real], wanted)
         return nn.functional.cross_entropy(output.logits.flatten(0, 1), labels["labels"].flatten())
     padding = batch["attention_mask"] == 0
     pairs = ((output.start_logits, "start_positions"), (output.end_logits, "end_positions"))
