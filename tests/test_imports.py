@@ -21,6 +21,7 @@ FOLDERS = {"fastbert": "fastbert", "fastbert.kernels": "kernels", "fastbert.benc
 GROUND = {"errors", "files", "threads"}
 FORMATS = {"family", "families", "config", "checkpoint", "packing", "outputs", "losses"}
 MODULES = {"kernels", "norm", "linear", "encoder", "pre_norm", "heads", "model", "models"}
+MODULES |= {"replaced_tokens"}
 ENGINE = FORMATS | MODULES | {"tokenizer", "special_tokens"}
 DROP_IN = {"packed_call", "fast_layers", "dropin", "attention_interface"}
 ABOVE = {"task_heads", "data", "metrics", "tasks", "training", "pipelines"}
@@ -45,7 +46,8 @@ MAY_IMPORT = {
     "encoder": {"kernels", "config", "packing", "norm", "linear"},
     "pre_norm": {"kernels", "config", "packing", "norm", "linear", "encoder"},
     "heads": {"kernels", "config", "family", "packing", "norm", "pre_norm"},
-    "model": ENGINE - {"tokenizer", "special_tokens", "models"},
+    "model": ENGINE - {"tokenizer", "special_tokens", "models", "replaced_tokens"},
+    "replaced_tokens": ENGINE - {"tokenizer", "special_tokens", "models"},
     "models": ENGINE - {"tokenizer", "special_tokens"},
     "task_heads": ENGINE - {"tokenizer", "special_tokens"},
     "packed_call": {"kernels", "packing"},
