@@ -211,7 +211,7 @@ class Examples:
         cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
         tokens = int(cu_seqlens[-1])
         position_ids = np.arange(tokens) - np.repeat(cu_seqlens[:-1], lengths)
-        rows = position_ids + np.repeat(self.cu_seqlens[:-1][chosen], lengths)
+        rows = self._rows(chosen, position_ids, lengths)
         size = capacity or Capacity(tokens, len(chosen), 0)
         if tokens > size.tokens or len(chosen) > size.sequences:
             raise ValueError(
@@ -248,6 +248,14 @@ class Examples:
             batch.num_labelled = int(inside.all(axis=1).sum())
         batch.num_choices = self.num_choices
         return batch
+
+    def _rows(
+        self, chosen: np.ndarray, position_ids: np.ndarray, lengths: np.ndarray
+    ) -> np.ndarray | slice:
+        """Where the chosen sequences' tokens are; neighbours lie end to end already."""
+        if len(chosen) and bool((np.diff(chosen) == 1).all()):
+            return slice(self.cu_seqlens[chosen[0]], self.cu_seqlens[chosen[-1] + 1])
+        return position_ids + np.repeat(self.cu_seqlens[:-1][chosen], lengths)
 
     def _add_masked(
         self,
@@ -386,6 +394,7 @@ def _joined(parts: Sequence[Sequence[int]]) -> np.ndarray:
 
 def _filled(values: np.ndarray, size: int, fill: float) -> Tensor:
     dtype = np.float32 if np.issubdtype(values.dtype, np.floating) else np.int64
-    out = np.full((size, *values.shape[1:]), fill, dtype=dtype)
+    out = np.empty((size, *values.shape[1:]), dtype=dtype)
     out[: len(values)] = values
+    out[len(values) :] = fill
     return torch.from_numpy(out)

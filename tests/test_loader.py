@@ -10,15 +10,17 @@ import pytest
 import torch
 from tiny import random_corpus, tiny_corpus, tiny_tokenizer
 
-from fastbert.data import loader as module
 from fastbert.data import plan
+from fastbert.data import writer as module
+from fastbert.data.batches import Vocabulary
 from fastbert.data.draws import Draws
-from fastbert.data.loader import Loader, Planned, one_pass
+from fastbert.data.loader import Loader, one_pass
 from fastbert.data.objectives import Objective
 from fastbert.data.plan import Planner
 from fastbert.data.regions import Part, hold_out
 from fastbert.data.samples import Samples
 from fastbert.data.stream import Position, StreamConfig
+from fastbert.data.writer import Planned, Writer
 from fastbert.errors import InputError
 from fastbert.packing import IGNORE_INDEX, PackedBatch
 
@@ -40,7 +42,7 @@ def batches(position: Position | None = None, count: int = 8, config=CONFIG, **d
 
 
 def planned(samples: Samples, draws: Draws) -> Planned:
-    return Planned(samples, draws, CONFIG.mask_probability, Position())
+    return Planned.alone(samples, draws, CONFIG.mask_probability, Position())
 
 
 def same(left: PackedBatch, right: PackedBatch) -> bool:
@@ -198,7 +200,7 @@ def test_epochs_and_seeds_differ():
 def test_masks_differ_from_epoch_to_epoch():
     """The same sample, masked anew: about 15 % of 15 % of the places coincide."""
     planner = Planner(parts(), tiny_tokenizer(), CONFIG)
-    write = module._Writer([p.ids for p in parts()], module.Vocabulary.of(tiny_tokenizer()), CONFIG)
+    write = Writer([p.ids for p in parts()], Vocabulary.of(tiny_tokenizer()), CONFIG)
     samples = planner.window(0, 0).samples
     first, again, other = (
         write(planned(samples, Draws(CONFIG.seed, epoch))).masked_positions for epoch in (0, 0, 1)
@@ -210,13 +212,32 @@ def test_masks_differ_from_epoch_to_epoch():
 
 def test_a_sample_is_masked_alike_in_any_batch():
     planner = Planner(parts(), tiny_tokenizer(), CONFIG)
-    write = module._Writer([p.ids for p in parts()], module.Vocabulary.of(tiny_tokenizer()), CONFIG)
+    write = Writer([p.ids for p in parts()], Vocabulary.of(tiny_tokenizer()), CONFIG)
     samples, draws = planner.window(0, 0).samples, Draws(CONFIG.seed, 0)
     together = write(planned(samples, draws))
     for row in (0, 3, len(samples) - 1):
         alone = write(planned(samples[np.array([row])], draws))
         bounds = slice(*together.cu_seqlens[row : row + 2])
         assert np.array_equal(together.input_ids[bounds], alone.input_ids)
+
+
+@pytest.mark.parametrize("masking", ["token", "span"])
+def test_what_is_written_together_changes_nothing(masking, monkeypatch):
+    """Epochs and masking rates change on the way, and a batch has more targets than room."""
+    config = dataclasses.replace(
+        CONFIG, masking=masking, fixed_shapes=True, final_mask_probability=0.3, steps=8
+    )
+    most = 40 if masking == "span" else 10**6
+    monkeypatch.setattr(module, "most_masked", lambda config: most)
+    found = {}
+    for tokens in (1, 4 * config.token_budget):
+        monkeypatch.setattr(module, "TOKENS_TOGETHER", tokens)
+        found[tokens] = batches(count=40, config=config, group=6, rank=1, ranks=2)
+    alone, joined = found.values()
+    assert {position.epoch for _, position in alone} >= {0, 1}
+    assert masking == "token" or max(batch.num_masked for batch, _ in alone) == most
+    for (expected, at), (actual, place) in zip(alone, joined, strict=True):
+        assert same(expected, actual) and at == place
 
 
 @pytest.mark.parametrize("objective", ["mlm", "mlm+nsp", "mlm+sop"])

@@ -73,6 +73,7 @@ def write_samples(
     mask_probability: float,
     draws: Draws,
     most_masked: int | None = None,
+    edges: np.ndarray | None = None,
 ) -> Examples:
     """Write out samples and mask them.
 
@@ -83,7 +84,8 @@ def write_samples(
         masking: what is predicted as one, a name in `masking.STYLES`.
         mask_probability: share of the ordinary tokens to predict.
         draws: of this seed and epoch.
-        most_masked: targets there is room for; what long units may bring beyond is left out.
+        most_masked: targets a batch has room for; what long units may bring beyond is left out.
+        edges: [batches + 1] int64, where batches begin among the samples; None for one of all.
     """
     sizes = samples.ranges[:, :, 1] - samples.ranges[:, :, 0]
     lengths = samples.lengths
@@ -115,7 +117,10 @@ def write_samples(
         units = word_units(
             masking, input_ids, *where, vocabulary.is_subword, vocabulary.is_ideograph, draws
         )
-        chosen = choose_units(*where, units, mask_probability, draws)[:most_masked]
+        chosen = choose_units(*where, units, mask_probability, draws)
+        if most_masked is not None:
+            bounds = starts[[0, len(samples)] if edges is None else edges]
+            chosen = _at_most(chosen, bounds, most_masked)
     owner = np.searchsorted(starts, chosen, "right") - 1
     if masking == "span":
         together = _unit_starts(ordinary, units)[chosen] - starts[owner]
@@ -140,6 +145,13 @@ def write_samples(
         # dropout's coordinates are 32 bits wide; equal ones in a step would only share a mask
         sample_ids=samples.index & 0x7FFFFFFF,
     )
+
+
+def _at_most(chosen: np.ndarray, bounds: np.ndarray, most: int) -> np.ndarray:
+    """The first `most` of each batch's places, which are ascending."""
+    first = np.searchsorted(chosen, bounds)
+    rank = np.arange(len(chosen)) - np.repeat(first[:-1], np.diff(first))
+    return chosen[rank < most]
 
 
 def _unit_starts(ordinary: np.ndarray, units: np.ndarray) -> np.ndarray:

@@ -16,39 +16,29 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
-from fastbert.data.batches import Vocabulary, write_samples
-from fastbert.data.draws import Draws
-from fastbert.data.plan import Planner, most_masked
+from fastbert.data.batches import Vocabulary
+from fastbert.data.plan import Planner
 from fastbert.data.regions import Part
-from fastbert.data.samples import Samples
 from fastbert.data.stream import Position, StreamConfig
 from fastbert.data.workers import worker_pool
+from fastbert.data.writer import (
+    Planned,
+    Writer,
+    batches_together,
+    lay_out,
+    take_writer,
+    together,
+    write,
+)
 from fastbert.errors import InputError
 from fastbert.packing import Examples, PackedBatch
 from fastbert.tokenizer import Tokenizer
 
+# batches, or tasks a worker, that are ready before they are asked for
 DEPTH = 4
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One batch, not yet written out.
-
-    Attributes:
-        samples, draws: what `Writer` needs.
-        mask_probability: of its optimiser step.
-        after: the position once its group is done.
-    """
-
-    samples: Samples
-    draws: Draws
-    mask_probability: float
-    after: Position
 
 
 class Loader:
@@ -90,10 +80,12 @@ class Loader:
         self.group, self.rank, self.ranks = group, rank, ranks
         self.waited_s = 0.0
         ids = [part.corpus.ids for part in (*parts, *replay)]
-        self._writer = _Writer(ids, Vocabulary.of(tokenizer), config)
-        self._ready: queue.Queue[tuple[PackedBatch, Position] | BaseException] = queue.Queue(DEPTH)
+        self._writer = Writer(ids, Vocabulary.of(tokenizer), config)
+        self._ready: queue.Queue[tuple[PackedBatch, Position] | BaseException] = queue.Queue(
+            max(DEPTH, 2 * batches_together(config))
+        )
         self._closed = threading.Event()
-        self._pool = worker_pool(workers, _take, self._writer) if workers else None
+        self._pool = worker_pool(workers, take_writer, self._writer) if workers else None
         self._ahead = DEPTH * max(workers, 1)
         self._thread = threading.Thread(
             target=self._produce, args=(position or Position(), step), daemon=True, name="batches"
@@ -134,17 +126,18 @@ class Loader:
         except BaseException as error:
             self._put(error)
 
-    def _batches(self, planned: Iterator[Planned]) -> Iterator[tuple[PackedBatch, Position]]:
+    def _batches(self, dealt: Iterator[Planned]) -> Iterator[tuple[PackedBatch, Position]]:
+        planned = together(dealt, batches_together(self.planner.config))
         if self._pool is None:
-            for one in planned:
-                yield lay_out(self._writer(one), self.planner), one.after
+            for several in planned:
+                yield from lay_out(self._writer(several), several, self.planner)
             return
-        waiting: deque[tuple[Future[Examples], Position]] = deque()
-        for one in planned:
-            waiting.append((self._pool.submit(_write, one), one.after))
+        waiting: deque[tuple[Future[Examples], Planned]] = deque()
+        for several in planned:
+            waiting.append((self._pool.submit(write, several), several))
             if len(waiting) >= self._ahead:
-                future, after = waiting.popleft()
-                yield lay_out(future.result(), self.planner), after
+                written, first = waiting.popleft()
+                yield from lay_out(written.result(), first, self.planner)
 
     def _dealt(self, position: Position, step: int) -> Iterator[Planned]:
         """This rank's share of every group."""
@@ -157,11 +150,11 @@ class Loader:
             after = group[-1][2]
             own = group[self.rank :: self.ranks]
             for samples, draws, _ in own:
-                yield Planned(samples, draws, probability, after)
+                yield Planned.alone(samples, draws, probability, after)
             for _ in range(share - len(own)):
                 samples, draws, _ = group[0]
                 nothing = samples[np.zeros(0, dtype=np.int64)]
-                yield Planned(nothing, draws, probability, after)
+                yield Planned.alone(nothing, draws, probability, after)
 
     def _put(self, item: tuple[PackedBatch, Position] | BaseException) -> None:
         while not self._closed.is_set():
@@ -172,79 +165,18 @@ class Loader:
                 continue
 
 
-def lay_out(examples: Examples, planner: Planner) -> PackedBatch:
-    """All sequences as one batch of the planner's sizes."""
-    everything = np.arange(len(examples))
-    capacity = planner.capacity(len(examples), int(examples.num_masked.sum()))
-    batch = examples.batch(everything, capacity)
-    if planner.config.fixed_shapes:
-        # a compiled step is built for one value of it
-        batch.max_seqlen = planner.config.max_seq_len
-    return batch
-
-
 def one_pass(
     parts: Sequence[Part], tokenizer: Tokenizer, config: StreamConfig
 ) -> list[PackedBatch]:
     """Every sequence of a text once, the same each time: what scores are taken on."""
     planner = Planner(parts, tokenizer, config)
-    write = _Writer([part.corpus.ids for part in parts], Vocabulary.of(tokenizer), config)
-    return [
-        lay_out(write(Planned(samples, draws, config.mask_probability, Position())), planner)
+    writer = Writer([part.corpus.ids for part in parts], Vocabulary.of(tokenizer), config)
+    dealt = (
+        Planned.alone(samples, draws, config.mask_probability, Position())
         for samples, draws in planner.epoch()
-    ]
-
-
-class _Writer:
-    """Samples to examples; sent to worker processes once."""
-
-    def __init__(
-        self, ids: Sequence[np.ndarray], vocabulary: Vocabulary, config: StreamConfig
-    ) -> None:
-        self.ids = [np.asarray(array) for array in ids]
-        self.vocabulary, self.config = vocabulary, config
-        self._sources = [_source(array) for array in ids]
-
-    def __reduce__(self) -> Any:
-        # what lies on disk is mapped again over there, not sent
-        return _opened, (self._sources, self.vocabulary, self.config)
-
-    def __call__(self, planned: Planned) -> Examples:
-        return write_samples(
-            self.ids,
-            planned.samples,
-            self.vocabulary,
-            self.config.masking,
-            planned.mask_probability,
-            planned.draws,
-            most_masked(self.config) if self.config.fixed_shapes else None,
-        )
-
-
-def _source(array: np.ndarray) -> Any:
-    if isinstance(array, np.memmap):
-        return np.memmap, (array.filename, array.dtype, "r", array.offset, array.shape)
-    return np.asarray, (array,)
-
-
-def _opened(sources: Sequence[Any], vocabulary: Vocabulary, config: StreamConfig) -> _Writer:
-    return _Writer([make(*arguments) for make, arguments in sources], vocabulary, config)
-
-
-_writer: _Writer | None = None
-
-
-def _take(writer: _Writer) -> None:
-    global _writer
-    _writer = writer
-
-
-def _write(planned: Planned) -> Examples:
-    assert _writer is not None
-    examples = _writer(planned)
-    # half the bytes on the way back
-    return replace(
-        examples,
-        input_ids=examples.input_ids.astype(np.int32),
-        token_type_ids=examples.token_type_ids.astype(np.int8),
     )
+    return [
+        batch
+        for several in together(dealt, batches_together(config))
+        for batch, _ in lay_out(writer(several), several, planner)
+    ]
