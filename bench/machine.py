@@ -16,7 +16,7 @@ import torch
 from fastbert.training.loop import has_fast_bf16
 
 CPU_INFO = Path("/proc/cpuinfo")
-PACKAGES = ("torch", "transformers", "triton", "numpy")
+PACKAGES = ("torch", "transformers", "triton", "numpy", "tokenizers")
 # the widest first: the one that decides how fast a matrix product is
 _CPU_CLASSES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 

@@ -32,3 +32,18 @@ def test_mistakes_are_one_line(capsys):
     assert "loader" in COMMANDS
     assert main(["loader", "x.txt", "--tokenizer", "y", "--repeats", "0"]) == 2
     assert "--repeats must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_goals_that_are_missed_are_named():
+    rates = {f"tokens_per_s_{n}_workers": {"median": 1e6 * (1 + n)} for n in (0, 2)}
+    row = {"budget": 16384, "max_seq_len": 128, "objective": "mlm", "full": 0.996, **rates}
+    fine = {"prepare": {"ratio": {"median": 1.3}}, "batches": [row]}
+    assert loader.missed(fine) == []
+    slow = {**row, "tokens_per_s_2_workers": {"median": 1.4e6}, "full": 0.99}
+    found = loader.missed({"prepare": {"ratio": {"median": 1.31}}, "batches": [slow]})
+    case = "mlm at 16384, sequences of 128"
+    assert found == [
+        "prepare costs 1.31 times bare",
+        f"{case}: 1,400,000 tokens/s",
+        f"{case}: batches 99.00% full",
+    ]
