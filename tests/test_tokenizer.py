@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +262,7 @@ def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
         Tokenizer.from_pretrained(tmp_path)
 
 
-def foreign_tokenizer(kind: str) -> Any:
+def foreign_tokenizer(kind: str, texts: Sequence[str] = TEXTS) -> Any:
     """As RoBERTa (byte-level BPE) and XLM-R (Unigram) have theirs."""
     from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors, trainers
     from tokenizers import Tokenizer as Backend
@@ -283,7 +284,7 @@ def foreign_tokenizer(kind: str) -> Any:
         trainer = trainers.UnigramTrainer(
             vocab_size=90, special_tokens=special, unk_token="<unk>", show_progress=False
         )
-    backend.train_from_iterator(TEXTS * 3, trainer)
+    backend.train_from_iterator([*texts] * 3, trainer)
     backend.add_special_tokens([AddedToken("<mask>", lstrip=True)])
     backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     return backend

@@ -56,9 +56,16 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoded]:
 def encode_words(
     tokenizer: Tokenizer, sentences: Sequence[Sequence[str]]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Tokens of sentences that are words already: ids, and which word each is of."""
+    """Tokens of sentences that are words already: ids, and which word each is of.
+
+    Where a space belongs to the word after it, every word gets one, as transformers' tokenizers of
+    such families want it (add_prefix_space).
+    """
+    before = " " if tokenizer.has_spaces_in_words else ""
     encodings = tokenizer.backend.encode_batch(
-        [list(words) for words in sentences], add_special_tokens=False, is_pretokenized=True
+        [[f"{before}{word}" for word in words] for words in sentences],
+        add_special_tokens=False,
+        is_pretokenized=True,
     )
     return [
         (np.array(encoding.ids, dtype=np.int64), np.array(encoding.word_ids, dtype=np.int64))

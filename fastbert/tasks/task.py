@@ -27,10 +27,13 @@ from fastbert.metrics.classification import ClassScore
 from fastbert.models import Targets
 from fastbert.tasks.losses import Loss, Shaping
 from fastbert.tasks.records import FileFormat
+from fastbert.tasks.sequences import say_share
 from fastbert.tasks.units import TaskBatch, Units
 from fastbert.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
+# fields of rows that say what is asked, whatever the task
+_ASKED = ("text", "first", "second", "words", "question", "context", "choices", "texts")
 
 
 def option(help: str, default: Any = None) -> Any:
@@ -263,6 +266,22 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 def first_row(task: Task, path: str, rows: Sequence[Any], say: Say) -> None:
     """Show the first row of a file as it was understood."""
     say(f"{path}: first {task.noun}: {shortened(task.show(rows[0]))}")
+
+
+def say_overlap(
+    task: Task, path: str, training: Sequence[Any], evaluation: Sequence[Any], say: Say
+) -> None:
+    """Tell how many evaluation rows ask what a training row asks: their scores say little."""
+    if getattr(evaluation, "kind", "") == "collection":
+        # documents are to be found among, not to be answered
+        return
+    seen = {_asked(row) for row in training}
+    both = sum(_asked(row) in seen for row in evaluation)
+    say_share(say, path, both, len(evaluation), task.noun, "also in the training file")
+
+
+def _asked(row: Any) -> tuple[Any, ...]:
+    return tuple(getattr(row, name, None) for name in _ASKED)
 
 
 def shortened(text: str, most: int = 200) -> str:

@@ -15,7 +15,7 @@ from fastbert.errors import InputError
 from fastbert.files import atomic_write
 from fastbert.models import resolve_model
 from fastbert.tasks.classify import Classify
-from fastbert.tasks.task import Task, first_row
+from fastbert.tasks.task import Task, first_row, say_overlap
 from fastbert.tokenizer import Tokenizer
 from fastbert.training.curves import draw_curves
 from fastbert.training.finetune_config import FinetuneConfig
@@ -56,6 +56,7 @@ def finetune(
     evaluation = task.read(config.eval, say)
     task.fit(training, config.train)
     task.check(evaluation, config.eval)
+    say_overlap(task, config.eval, training, evaluation, say)
     steps_an_epoch(len(training), config.batch_size, config.accumulation)
     tokenizer = Tokenizer.from_pretrained(source)
     model, fresh = task.load(source, dropout=config.dropout, seed=config.seed)

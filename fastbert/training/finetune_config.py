@@ -28,7 +28,9 @@ class FinetuneConfig:
         InputError: a value out of range; the message names the flag.
     """
 
-    model: str = field(metadata={"help": "pre-trained model: a run of pretrain, or a model folder"})
+    model: str = field(
+        metadata={"help": "pre-trained model: a run of pretrain, a model folder, or a hub's name"}
+    )
     train: str = field(metadata={"help": "labelled examples to train on"})
     eval: str = field(metadata={"help": "labelled examples to score on, in the same format"})
     out: str = field(metadata={"help": "folder of the run; must be new, or --resume"})
