@@ -211,13 +211,12 @@ def _step(checkpoint: str) -> int:
     return int(Path(checkpoint).name.rpartition("-")[2])
 
 
-def raw_outputs(
-    task: Task, model: nn.Module, units: Units, pad_id: int, dtype: torch.dtype
-) -> Raw:
+def raw_outputs(task: Task, model: nn.Module, units: Units, pad_id: int, dtype: torch.dtype) -> Raw:
     """What the peer's model says of all sequences, as our tasks read it."""
     device = next(model.parameters()).device
     bare = [
-        {name: row[name] for name in ("input_ids", "token_type_ids")} for row in rows_of(task, units)
+        {name: row[name] for name in ("input_ids", "token_type_ids")}
+        for row in rows_of(task, units)
     ]
     order = np.argsort([len(row["input_ids"]) for row in bare], kind="stable")
     found: dict[int, np.ndarray] = {}

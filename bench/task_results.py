@@ -1,4 +1,4 @@
-"""Results of `fastbert bench tasks`: gathered from the runs, kept as JSON, shown as docs/results.md."""
+"""Results of `fastbert bench tasks`: gathered from the runs, kept as JSON, shown as a page."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def table(results: Results, model: str, install: str | None = None) -> str:
         "found equal by the error rule; median of the rounds, and the lowest and highest ratio "
         "within one. The Trainer's default order is random; grouping by length is its option.",
         "",
-        "| case | tokens a row | padding | fastbert | Trainer | ratio | grouped by length | ratio |",
+        "| case | tokens a row | padding | fastbert | Trainer | ratio | by length | ratio |",
         "|---|---|---|---|---|---|---|---|",
         *_speed_rows(results, install),
         "",

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fastbert.bench import task_peer
 from fastbert.bench.parity import Parity
+from fastbert.config import EncoderConfig
 from fastbert.data.stream import Position
 from fastbert.errors import InputError
 from fastbert.tasks.inference import run as run_task
@@ -86,7 +87,8 @@ def measure(
     source = Path(config.model)
     tokenizer = Tokenizer.from_pretrained(source)
     model, _ = task.load(source, dropout=config.dropout, seed=config.seed)
-    task.max_seq_len = config.max_seq_len or model.config.max_seqlen  # type: ignore[union-attr]
+    positions = EncoderConfig.from_pretrained(source).max_seqlen
+    task.max_seq_len = config.max_seq_len or positions
     units = drawn_units(task, rows, tokenizer, config)
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder) / "start"
@@ -115,9 +117,7 @@ def measure(
     }
 
 
-def drawn_units(
-    task: Task, rows: list[Any], tokenizer: Tokenizer, config: FinetuneConfig
-) -> Units:
+def drawn_units(task: Task, rows: list[Any], tokenizer: Tokenizer, config: FinetuneConfig) -> Units:
     """Rows at random, so many that a pass takes some seconds whatever the lengths."""
     order = np.random.default_rng(config.seed).permutation(len(rows)).tolist()
     size = config.batch_size
@@ -196,7 +196,7 @@ def refuse_other_numbers(one: Pass) -> None:
     theirs = task_peer.raw_outputs(one.task, peer, few, pad_id, torch.float32)
     oracle = task_peer.raw_outputs(one.task, peer.double(), few, pad_id, torch.float32)
     parity = Parity(torch.float32)
-    parity.add(*({"outputs": _flat(raw)} for raw in (ours, theirs)), {"outputs": _flat(oracle)})
+    parity.add({"outputs": _flat(ours)}, {"outputs": _flat(theirs)}, {"outputs": _flat(oracle)})
     failures = parity.failures()
     if failures:
         raise InputError(f"{one.task.name}: not the Trainer's numbers: {failures[0]}")

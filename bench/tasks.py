@@ -4,8 +4,8 @@
 2. Examples a second of our trainer and of transformers' Trainer, in turn.
 3. The Trainer's figures from the same checkpoint, data and epochs.
 
-A bench that was stopped goes on where it was. After each measurement docs/results.md is written anew,
-from a JSON file of all results.
+A bench that was stopped goes on where it was. After each measurement docs/results.md is written
+anew, from a JSON file of all results.
 """
 
 from __future__ import annotations

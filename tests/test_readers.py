@@ -329,6 +329,11 @@ def test_groups_of_many_layouts(tmp_path) -> None:
     assert (found.kind, list(found)) == ("pairs", [Group(("q", "p", "n", "m"), None, 1)])
     found = read_groups(write(tmp_path / "c.txt", "one\n\ntwo\n"), form)
     assert found.kind == "texts" and [group.texts for group in found] == [("one",), ("two",)]
+    plain = write(tmp_path / "c.jsonl", '{"id": 7, "text": "one"}\n\n{"text": "two"}\n')
+    assert read_groups(plain, form).kind == "texts"
+    assert [group.texts for group in read_groups(plain, form)] == [("one",), ("two",)]
+    with pytest.raises(InputError, match=r"f.jsonl:2: no field 'text'; there are 'sentence'"):
+        read_groups(write(tmp_path / "f.jsonl", '{"text": "a"}\n{"sentence": "b"}\n'), form)
     with pytest.raises(InputError, match="cannot tell which columns hold the texts"):
         read_groups(write(tmp_path / "d.tsv", "x\ty\n1\t2\n"), form)
     with pytest.raises(InputError, match=r"e.tsv:2: field 'score' must be a number, got 'high'"):

@@ -65,7 +65,11 @@ def test_every_task_is_tried() -> None:
 @pytest.mark.parametrize(("family", "name"), PAIRS)
 def test_a_task_from_another_familys_checkpoint(family, name, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(finetune_module, "draw_curves", lambda *_: None)
-    start, case, rng = checkpoint(family, tmp_path / "start"), case_of(name), np.random.default_rng(0)
+    start, case, rng = (
+        checkpoint(family, tmp_path / "start"),
+        case_of(name),
+        np.random.default_rng(0),
+    )
     train, dev = case.write(tmp_path / "train", 80, rng), case.write(tmp_path / "dev", 20, rng)
     out = tmp_path / "run"
     config = config_for(start, train, dev, out, epochs=case.epochs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,9 +25,10 @@ from fastbert.tasks.records import (
 
 ACCEPTED = (
     "pairs (anchor, positive), triplets (anchor, positive, negative), scored pairs (two texts and "
-    "a score) in .tsv, .csv or .jsonl; one text a line in .txt; to score on also a folder with "
-    "corpus.jsonl, queries.jsonl and qrels.tsv"
+    "a score) in .tsv, .csv or .jsonl; one text a line in .txt, or a field text in .jsonl; to "
+    "score on also a folder with corpus.jsonl, queries.jsonl and qrels.tsv"
 )
+_ALONE = ("text", "sentence")
 KINDS = ("pairs", "scored", "texts", "collection")
 _ANCHORS = ("anchor", "query", "question", "sentence1", "text_a", "premise", "title", "text")
 _POSITIVES = ("positive", "pos", "answer", "passage", "sentence2", "text_b", "hypothesis", "body")
@@ -83,8 +85,15 @@ def read_groups(path: Path, form: FileFormat) -> Groups:
         found = Groups(kind="texts", remarks="one text a line")
         found.extend(Group((line.text,), line=line.number) for line in lines)
         return found
-    records = read_records(path, form)
+    records = read_records(path, dataclasses.replace(form, fewest=1))
     known = {name.strip().lower(): name for name in reversed(records.names)}
+    alone = _text_alone(records)
+    if alone is not None:
+        found = Groups(kind="texts", remarks=f"column {alone!r} alone{records.remarks()}")
+        for record in records.rows:
+            text = text_field(f"{path}:{record.line}", record.fields, alone)
+            found.append(Group((text,), line=record.line))
+        return found
     first, second, score, negatives = _columns(path, known, records)
     found = Groups(kind="pairs" if score is None else "scored")
     for record in records.rows:
@@ -92,6 +101,14 @@ def read_groups(path: Path, form: FileFormat) -> Groups:
     columns = [first, second, *([score] if score else []), *negatives]
     found.remarks = f"columns {listed(columns)} (guessed){records.remarks()}"
     return found
+
+
+def _text_alone(records: Records) -> str | None:
+    """The only text column of a .jsonl of plain sentences; an id may stand beside it."""
+    if records.path.suffix.lower() in (".tsv", ".csv"):
+        return None
+    names = [name for name in records.names if name.lower() not in ("id", "_id")]
+    return names[0] if len(names) == 1 and names[0].lower() in _ALONE else None
 
 
 def _columns(

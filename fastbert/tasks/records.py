@@ -31,11 +31,13 @@ class FileFormat:
         encoding: of the file, as Python names it.
         columns: names of a file without a header line, else None.
         quoting: of a .tsv: "csv" with quotes around fields, "none", or "auto" for a guess.
+        fewest: fields a row of .jsonl at least.
     """
 
     encoding: str = "utf-8"
     columns: tuple[str, ...] | None = None
     quoting: str = "auto"
+    fewest: int = 2
 
     def __post_init__(self) -> None:
         if self.quoting not in QUOTING:
@@ -103,7 +105,7 @@ def read_records(path: Path, form: FileFormat | None = None) -> Records:
     found = Records(path)
     lines = text_lines(path, form.encoding)
     if kind == ".jsonl":
-        found.rows = list(_json_records(lines, found))
+        found.rows = list(_json_records(lines, form.fewest, found))
     else:
         found.rows = list(_delimited_records(lines, kind, form, found))
     if not found.rows:
@@ -219,13 +221,13 @@ def _csv_records(
             found.blank_lines += 1
 
 
-def _json_records(lines: Iterator[Line], found: Records) -> Iterator[Record]:
+def _json_records(lines: Iterator[Line], fewest: int, found: Records) -> Iterator[Record]:
     for text, number in lines:
         if not text.strip():
             found.blank_lines += 1
             continue
         record = json_object(text, f"{found.path}:{number}")
-        if len(record) < 2:
+        if len(record) < fewest:
             raise InputError(
                 f"{found.path}:{number}: {counted(len(record), 'field')}; at least a text and a "
                 "label are needed"
