@@ -42,6 +42,7 @@ def config(folder: Path) -> PretrainConfig:
         checkpoint_minutes=1e-9,
         dtype="fp32",
         dropout=0.1,
+        spike_steps=4,
     )
 
 

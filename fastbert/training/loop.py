@@ -33,6 +33,7 @@ from fastbert.training.meter import Meter
 from fastbert.training.optimizer import Optimizers, refuse_capture
 from fastbert.training.parallel import Ranks
 from fastbert.training.schedule import SCHEDULES, Budget, learning_rate_factor
+from fastbert.training.spikes import SpikeGuard
 from fastbert.training.state import TrainState, save_checkpoint
 from fastbert.training.step import CapturedStep, TrainingStep, accumulate, autocast
 
@@ -186,6 +187,7 @@ def train(
     evaluate: Callable[[], dict[str, float]] | None = None,
     run: TrainingStep | CapturedStep | None = None,
     ranks: Ranks | None = None,
+    guard: SpikeGuard | None = None,
 ) -> bool:
     """Train until the budget is spent or somebody interrupts.
 
@@ -200,6 +202,7 @@ def train(
         evaluate: called now and then; its figures go to the meter.
         run: takes each step; from `training_step`, for runs of several calls. Made here where None.
         ranks: that train together; the first one evaluates and saves.
+        guard: takes the run back to before a loss spike.
 
     Returns:
         Whether the run was finished, not interrupted; an interrupted one has been saved.
@@ -212,6 +215,8 @@ def train(
     share = -(-config.accumulation // ranks.count)
     started = time.monotonic() - state.seconds
     evaluated = saved = state.seconds
+    if guard is not None:
+        guard.begin(state)
     with Interruption() as interruption:
         while config.budget.progress(state.step, state.seconds) < 1.0:
             window = list(islice(batches, share))
@@ -238,6 +243,12 @@ def train(
             state.position = window[-1][1]
             state.seconds = agreed.seconds if ranks.count > 1 else time.monotonic() - started
             meter.step(state, result, optimizers.learning_rate(), config.budget)
+            if guard is not None:
+                last = config.budget.progress(state.step, state.seconds) >= 1.0
+                spike = guard.watch(state, result, micro_batches, last)
+                if spike is not None:
+                    meter.flush(state, optimizers.learning_rate(), config.budget)
+                    meter.spike(spike, guard.roll_back(state))
             stop = agreed.stop if ranks.count > 1 else interruption.requested
             checkpoint_due = state.seconds - saved >= 60.0 * config.checkpoint_minutes
             about_to_save = stop or checkpoint_due
@@ -247,7 +258,7 @@ def train(
             _refuse_non_finite(meter, state, 1 if about_to_save else MOST_SKIPPED)
             if stop:
                 if ranks.first:
-                    save_checkpoint(folder, state, model, optimizers)
+                    save_checkpoint(folder, state, model, optimizers, keeper=guard)
                 return False
             evaluation_due = state.seconds - evaluated >= 60.0 * config.evaluate_minutes
             if evaluate and ranks.first and evaluation_due:
@@ -256,7 +267,7 @@ def train(
                 evaluated = state.seconds = time.monotonic() - started
             if checkpoint_due and ranks.first:
                 with meter.paused():
-                    save_checkpoint(folder, state, model, optimizers, wait=False)
+                    save_checkpoint(folder, state, model, optimizers, wait=False, keeper=guard)
                 saved = state.seconds = time.monotonic() - started
     meter.flush(state, optimizers.learning_rate(), config.budget)
     _refuse_non_finite(meter, state, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -17,11 +18,14 @@ from tqdm import tqdm
 from fastbert.files import atomic_write, writing_failed
 from fastbert.training.result import StepResult
 from fastbert.training.schedule import Budget
+from fastbert.training.spikes import Spike
 from fastbert.training.state import TrainState
 
 METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
 # between two records; a plain log gets a line less often than the file
 RECORD_SECONDS, LINE_SECONDS = 2.0, 15.0
+# of a spike's samples; metrics.jsonl has them all
+SHOWN_SAMPLES = 8
 
 
 class Meter:
@@ -76,6 +80,19 @@ class Meter:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         self.say(f"{self.label}: step {state.step}: {shown}")
 
+    def spike(self, spike: Spike, span: dict[str, int]) -> None:
+        """Record and show a spike, and which steps were undone."""
+        self._write({"spike": dataclasses.asdict(spike), **span})
+        samples = ", ".join(map(str, spike.samples[:SHOWN_SAMPLES]))
+        more = ", ..." if len(spike.samples) > SHOWN_SAMPLES else ""
+        self.say(
+            f"{self.label}: spike at step {spike.step}: loss {spike.loss:.4g} (usually "
+            f"{spike.usual_loss:.4g}), gradient norm {spike.gradient_norm:.4g} (usually "
+            f"{spike.usual_norm:.4g}), {spike.deviations:.1f} standard deviations; back to step "
+            f"{span['from_step'] - 1}, without the batches of steps {span['from_step']} to "
+            f"{span['to_step']}; samples {samples}{more}"
+        )
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What happens inside does not count as time of the steps."""
@@ -118,6 +135,9 @@ class Meter:
             if sums and count:
                 record[shown] = sum(sums) / count
                 self.last_loss += record[shown] if shown.endswith("loss") else 0.0
+        norms = [float(r.sums["gradient_norm"]) for r in results if "gradient_norm" in r.sums]
+        if norms:
+            record["gradient_norm"] = sum(norms) / len(norms)
         self._count_skipped(results)
         if self.skipped:
             record["skipped_steps"] = self.skipped
@@ -183,6 +203,9 @@ class NoMeter(Meter):
         """Nothing."""
 
     def evaluation(self, state: TrainState, figures: dict[str, float]) -> None:
+        """Nothing."""
+
+    def spike(self, spike: Spike, span: dict[str, int]) -> None:
         """Nothing."""
 
     @contextmanager

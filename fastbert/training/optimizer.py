@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,18 @@ CAPTURABLE = ("adamw", "muon")
 _LOSS_SCALE = "loss_scale"
 # an embedding's rows and a classifier's outputs are no map between hidden states
 _NOT_HIDDEN = ("embeddings.", "next_sentence.", "classifier.", "span.", "head.")
+
+
+class Update(NamedTuple):
+    """What an update says of its gradients.
+
+    Attributes:
+        skipped: scalar fp32, 1 where they were not finite, so that nothing was changed.
+        gradient_norm: scalar, their norm before clipping.
+    """
+
+    skipped: Tensor
+    gradient_norm: Tensor
 
 
 class Optimizers:
@@ -112,7 +124,7 @@ class Optimizers:
             for factor, chosen in (groups or {1.0: []}).items()
         ]
 
-    def step(self, factor: float, clip_norm: float = 0.0) -> Tensor:
+    def step(self, factor: float, clip_norm: float = 0.0) -> Update:
         """`set_rates` and `update`."""
         self.set_rates(factor)
         return self.update(clip_norm)
@@ -125,14 +137,11 @@ class Optimizers:
             rates = rates.pin_memory()
         self._rates.copy_(rates, non_blocking=True)
 
-    def update(self, clip_norm: float = 0.0) -> Tensor:
+    def update(self, clip_norm: float = 0.0) -> Update:
         """One update; gradients are dropped after it. Never asks the device.
 
         Args:
             clip_norm: norm of all gradients above which they are scaled down; 0 for never.
-
-        Returns:
-            Scalar fp32, 1 where gradients were not finite, so that nothing was changed.
         """
         gradients = [p.grad for p in self.names if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)  # type: ignore[arg-type]
@@ -151,7 +160,7 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
         if self.loss_scale is not None:
             self.loss_scale.update(found_inf)
-        return found_inf
+        return Update(found_inf, norm)
 
     def learning_rate(self) -> float:
         """AdamW's current one."""

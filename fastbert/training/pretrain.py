@@ -128,7 +128,7 @@ def _pretrain(
             tokenizer,
             stream_config,
             state.position,
-            step=state.step,
+            step=state.groups,
             group=config.accumulation,
             rank=ranks.rank,
             ranks=ranks.count,

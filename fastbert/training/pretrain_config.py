@@ -64,6 +64,16 @@ class PretrainConfig:
     clip_norm: float = field(
         default=1.0, metadata={"help": "gradient norm that is scaled down to; 0 for never"}
     )
+    spike_sigma: float = field(
+        default=10.0,
+        metadata={
+            "help": "a loss or gradient norm so many standard deviations above the mean takes the "
+            "run back to before it; 0 for never"
+        },
+    )
+    spike_steps: int = field(
+        default=100, metadata={"help": "between the copies of weights that a spike goes back to"}
+    )
     schedule: str = field(
         default="linear", metadata={"help": "constant, linear, cosine or wsd, after warm-up"}
     )
@@ -109,6 +119,10 @@ class PretrainConfig:
             raise InputError(f"--weight-decay must be at least 0, got {self.weight_decay}")
         if not 0.0 <= self.replay_share < 1.0:
             raise InputError(f"--replay-share must be in [0, 1), got {self.replay_share}")
+        if self.spike_sigma < 0.0:
+            raise InputError(f"--spike-sigma must be at least 0, got {self.spike_sigma}")
+        if self.spike_steps < 1:
+            raise InputError(f"--spike-steps must be at least 1, got {self.spike_steps}")
         if self.clip_norm < 0.0:
             raise InputError(f"--clip-norm must be at least 0, got {self.clip_norm}")
         if not 0.0 <= self.beta2 < 1.0:

@@ -19,6 +19,7 @@ from fastbert.training.parallel import Ranks
 from fastbert.training.pretrain_config import PretrainConfig
 from fastbert.training.pretrain_model import build_model, build_optimizers
 from fastbert.training.pretrain_text import Text
+from fastbert.training.spikes import SpikeGuard
 from fastbert.training.state import TrainState, load_checkpoint, save_checkpoint
 
 MODEL_FOLDER, REPORT_FILE = "model", "report.json"
@@ -44,12 +45,15 @@ def pretrain_on(
     model.encoder.recompute = config.recompute
     model.to(device)
     optimizers = build_optimizers(model, config)
+    guard = None
+    if config.spike_sigma:
+        guard = SpikeGuard(model, optimizers, config.spike_sigma, config.spike_steps)
     state = TrainState(corpus=text.checksum)
     if resume:
         # one after another: a damaged checkpoint is set aside but once
         if not ranks.first:
             ranks.barrier()
-        state = load_checkpoint(folder, model, optimizers, say=say)
+        state = load_checkpoint(folder, model, optimizers, say=say, keeper=guard)
         if ranks.first:
             ranks.barrier()
         if state.corpus and state.corpus != text.checksum:
@@ -87,6 +91,7 @@ def pretrain_on(
             folder,
             evaluate=evaluate,
             ranks=ranks,
+            guard=guard,
         )
     meter.close()
     if not finished:
@@ -94,7 +99,7 @@ def pretrain_on(
         return {}
     if not ranks.first:
         return {}
-    save_checkpoint(folder, state, model, optimizers)
+    save_checkpoint(folder, state, model, optimizers, keeper=guard)
     figures = evaluate()
     meter.evaluation(state, figures)
     unigram = unigram_loss(text.scored[""], text.log_probabilities)
@@ -106,6 +111,7 @@ def pretrain_on(
         "unigram_loss_heldout": unigram,
         "steps": state.step,
         "tokens": state.tokens,
+        "rollbacks": len(state.rollbacks),
         "seconds": round(state.seconds, 1),
         "real_tokens_per_s": round(
             (state.tokens - before[0]) / max(state.seconds - before[1], 1e-9), 1

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -27,6 +27,7 @@ from fastbert.training.optimizer import Optimizers
 RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
 _STATE, _MODEL, _OPTIMIZER = "state.json", "model.safetensors", "optimizer.safetensors"
+_KEEPER = "keeper"
 # checkpoints a run keeps
 KEPT = 2
 _HASH_BYTES = 1 << 22
@@ -43,6 +44,8 @@ class TrainState:
         position: the batch that comes next.
         corpus: checksum of text and vocabulary, for runs that know it.
         best: the best evaluation so far, for runs that keep it.
+        left_out: steps that were done and undone; their batches were not taken again.
+        rollbacks: from_step and to_step of each time that steps were undone.
     """
 
     step: int = 0
@@ -51,6 +54,26 @@ class TrainState:
     position: Position = field(default_factory=Position)
     corpus: str = ""
     best: dict[str, Any] = field(default_factory=dict)
+    left_out: int = 0
+    rollbacks: list[dict[str, int]] = field(default_factory=list)
+
+    @property
+    def groups(self) -> int:
+        """How many steps' batches have been taken from the text."""
+        return self.step + self.left_out
+
+
+class Keeper(Protocol):
+    """What has something of its own in a checkpoint, as `SpikeGuard` has."""
+
+    def raw(self) -> dict[str, Any]:
+        """For JSON."""
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """By name, on the host, never written to again."""
+
+    def load(self, raw: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """The inverse of both."""
 
 
 def check_run(out: str | os.PathLike[str], settings: dict[str, Any], *, resume: bool) -> None:
@@ -105,6 +128,7 @@ def save_checkpoint(
     optimizers: Optimizers,
     *,
     wait: bool = True,
+    keeper: Keeper | None = None,
 ) -> None:
     """Write `checkpoints/step-N`; of those before it the newest stays, should this one be damaged.
 
@@ -113,16 +137,21 @@ def save_checkpoint(
         state, model, optimizers: what is written.
         wait: return when it is on disk; else a thread writes copies made now, and a failure is
             raised by the next call.
+        keeper: is written too.
 
     Raises:
         InputError: it could not be written; earlier checkpoints are untouched.
     """
     finish_checkpoint()
-    target = folder / CHECKPOINTS / f"step-{state.step:08d}"
+    # steps that were undone count: names ascend with time
+    target = folder / CHECKPOINTS / f"step-{state.groups:08d}"
     if target.exists():
         return
     tensors = {_MODEL: model.state_dict(), _OPTIMIZER: optimizers.state_tensors()}
     raw = dataclasses.asdict(state)
+    if keeper is not None:
+        raw[_KEEPER] = keeper.raw()
+        tensors[f"{_KEEPER}.safetensors"] = keeper.state_tensors()
     if wait:
         _write_checkpoint(target, raw, tensors)
         return
@@ -203,6 +232,7 @@ def load_checkpoint(
     optimizers: Optimizers,
     *,
     say: Callable[[str], None] = print,
+    keeper: Keeper | None = None,
 ) -> TrainState:
     """Restore the newest intact checkpoint in place; damaged ones are named and set aside.
 
@@ -216,7 +246,7 @@ def load_checkpoint(
     failures: list[InputError] = []
     for path in reversed(_checkpoints(folder)):
         try:
-            state = _read_checkpoint(path, model, optimizers)
+            state = _read_checkpoint(path, model, optimizers, keeper)
         except InputError as failure:
             failures.append(failure)
             continue
@@ -231,7 +261,9 @@ def load_checkpoint(
     return TrainState()
 
 
-def _read_checkpoint(path: Path, model: nn.Module, optimizers: Optimizers) -> TrainState:
+def _read_checkpoint(
+    path: Path, model: nn.Module, optimizers: Optimizers, keeper: Keeper | None
+) -> TrainState:
     try:
         raw = json.loads((path / _STATE).read_text(encoding="utf-8"))
         if raw.pop("checksum") != _checksum_of(raw):
@@ -239,9 +271,12 @@ def _read_checkpoint(path: Path, model: nn.Module, optimizers: Optimizers) -> Tr
         for name, expected in raw.pop("files").items():
             if _checksum(path / name) != expected:
                 raise ValueError(f"{name} does not fit its checksum")
+        kept = raw.pop(_KEEPER, None)
         state = TrainState(**{**raw, "position": Position(**raw["position"])})
         model.load_state_dict(load_file(path / _MODEL))
         optimizers.load_state_tensors(load_file(path / _OPTIMIZER))
+        if keeper is not None and kept is not None:
+            keeper.load(kept, load_file(path / f"{_KEEPER}.safetensors"))
         return state
     except (
         OSError,

@@ -127,7 +127,7 @@ class TrainingStep:
         sums = backward(self.model, inputs, self.dtype, rng, scale)
         self.ranks.reduce_gradients(self.model)
         self.ranks.reduce_sums(sums, self.device)
-        sums["skipped"] = self.optimizers.update(self.clip_norm)
+        sums.update(self.optimizers.update(self.clip_norm)._asdict())
         return sums
 
 

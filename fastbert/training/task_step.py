@@ -49,7 +49,7 @@ class TaskStep(TrainingStep):
             adversarial=self.adversarial,
             loss_scale=None if loss_scale is None else loss_scale.scale,
         )
-        sums["skipped"] = self.optimizers.update(self.clip_norm)
+        sums.update(self.optimizers.update(self.clip_norm)._asdict())
         return sums
 
 
