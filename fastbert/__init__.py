@@ -19,7 +19,7 @@ _HOMES = {
     "BertForTokenClassification": "models",
     "BertModel": "models",
     "EncoderConfig": "config",
-    "LORA_TARGETS": "models",
+    "LORA_TARGETS": "adapters",
     "PackedBatch": "packing",
     "Tokenizer": "tokenizer",
     "accelerate": "dropin",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastbert.adapters import MODEL_TYPE, offer_targets
 from fastbert.errors import InputError
 from fastbert.families import family_of
 from fastbert.family import Family
@@ -244,7 +245,15 @@ class EncoderConfig:
             raise InputError(f"{path}: expected a JSON object, found {type(raw).__name__}")
         return cls.from_dict(raw, where=str(path))
 
-    def to_dict(self, architecture: str | None = None) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
+        """Our fields by our names, and a model type of our own: what peft asks a model for.
+
+        It is the moment at which peft looks up default targets, so that they are offered here.
+        """
+        offer_targets()
+        return {**dataclasses.asdict(self), "model_type": MODEL_TYPE}
+
+    def to_hugging_face(self, architecture: str | None = None) -> dict[str, Any]:
         """The dictionary of a Hugging Face `config.json` of this family.
 
         Args:
@@ -273,7 +282,7 @@ class EncoderConfig:
     ) -> None:
         """Write `config.json` into `folder`."""
         with atomic_write(Path(folder) / "config.json") as file:
-            json.dump(self.to_dict(architecture), file, indent=2, sort_keys=True)
+            json.dump(self.to_hugging_face(architecture), file, indent=2, sort_keys=True)
             file.write("\n")
 
 

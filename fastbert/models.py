@@ -20,7 +20,6 @@ from fastbert.packing import PackedBatch
 from fastbert.replaced_tokens import BertForReplacedTokenDetection
 
 __all__ = [
-    "LORA_TARGETS",
     "BertForMaskedLM",
     "BertForMultipleChoice",
     "BertForNextSentencePrediction",
@@ -37,10 +36,6 @@ __all__ = [
     "TrainingOutput",
     "resolve_model",
 ]
-
-
-# which of our projections LoRA adapts where nobody says: peft's choice for BERT, and the output
-LORA_TARGETS = ["qkv", "attention_output"]
 
 
 class BertModel(Model):

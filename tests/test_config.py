@@ -57,7 +57,7 @@ def test_saved_and_read_again(tmp_path):
 def test_more_than_ten_labels_keep_their_order():
     labels = [f"class {n}" for n in range(12)]
     config = tiny_config(labels=labels)
-    raw = json.loads(json.dumps(config.to_dict(), sort_keys=True))
+    raw = json.loads(json.dumps(config.to_hugging_face(), sort_keys=True))
     assert list(raw["id2label"])[:3] == ["0", "1", "10"]
     assert EncoderConfig.from_dict(raw).labels == labels
 
@@ -73,7 +73,7 @@ def test_transformers_reads_what_we_write(tmp_path):
     config.save_pretrained(tmp_path)
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert isinstance(theirs, transformers.BertConfig)
-    for name, value in config.to_dict().items():
+    for name, value in config.to_hugging_face().items():
         # theirs turns label numbers into integers, and no longer has the kind of positions
         if name not in ("id2label", "dtype", "position_embedding_type"):
             assert getattr(theirs, name) == value, name
@@ -127,7 +127,7 @@ def test_google_s_own_file_says_no_model_type(tmp_path):
     ],
 )
 def test_a_foreign_or_broken_config(tmp_path, changed, message):
-    raw = tiny_config().to_dict() | changed
+    raw = tiny_config().to_hugging_face() | changed
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(InputError, match=message) as failure:
         EncoderConfig.from_pretrained(tmp_path)

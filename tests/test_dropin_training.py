@@ -10,12 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import compare_all, labels_for, padded_batch, their_model, transformers
+from families import (
+    compare_all,
+    labels_for,
+    our_class,
+    padded_batch,
+    their_config,
+    their_model,
+    transformers,
+)
 from oracle import SEEDS, ErrorRule
-from tiny import gradients
+from tiny import gradients, stirred
 from torch import nn
 
 import fastbert
+from fastbert.config import EncoderConfig
+from fastbert.families import FAMILIES
 
 NAME = "BertForSequenceClassification"
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -75,24 +85,51 @@ def test_an_adapter_put_on_later_is_used():
     assert not torch.allclose(model(**batch_of()).logits, before)
 
 
-def test_our_own_models_take_adapters():
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_our_own_models_take_adapters_without_being_told_where(family, tmp_path):
     peft = pytest.importorskip("peft")
-    from fastbert.config import EncoderConfig
+    name = "BertForSequenceClassification"
+    config = EncoderConfig.from_dict(their_config(family, num_labels=3).to_dict())
 
-    config = EncoderConfig.named("tiny", vocab_size=61, labels=["a", "b"])
-    model = fastbert.BertForSequenceClassification.from_config(config)
-    batch = {key: tensor for key, tensor in batch_of().items() if key != "labels"}
-    before = model.eval()(**batch).logits
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=fastbert.LORA_TARGETS))
-    names = [key for key, p in adapted.named_parameters() if p.requires_grad]
-    assert names and all("lora" in key for key in names)
-    adapted(**batch).logits.sum().backward()
-    assert all(p.grad is not None for key, p in adapted.named_parameters() if "lora_B" in key)
+    def fresh():
+        return stirred(our_class(name).from_config(config)).eval()
+
+    batch, base = padded_batch(family, name, 0), fresh()
+    before = base(**batch).logits
+    lora = peft.LoraConfig(r=2, modules_to_save=["classifier"])
+    adapted = peft.get_peft_model(base, lora)
+    assert lora.target_modules == set(fastbert.LORA_TARGETS)
+    assert torch.equal(adapted(**batch).logits, before)
     with torch.no_grad():
         for key, parameter in adapted.named_parameters():
             if "lora_B" in key:
-                parameter.fill_(0.5)
-    assert not torch.allclose(adapted(**batch).logits, before)
+                parameter.fill_(0.05)
+    adapted(**batch).logits.sum().backward()
+    trained = {key for key, p in adapted.named_parameters() if p.grad is not None}
+    assert trained == {key for key, p in adapted.named_parameters() if p.requires_grad}
+    layers = len(base.encoder.layers)
+    assert sum("lora_A" in key for key in trained) == 2 * layers
+    assert any("classifier" in key for key in trained)
+    adapted.save_pretrained(tmp_path)
+    logits = adapted(**batch).logits
+    assert not torch.equal(logits, before)
+    again = peft.PeftModel.from_pretrained(fresh(), tmp_path).eval()
+    assert torch.equal(again(**batch).logits, logits)
+    layer = base.encoder.layers[0]
+    wanted = layer.qkv.weight + layer.qkv.get_delta_weight("default")
+    merged = adapted.merge_and_unload()
+    assert type(merged) is our_class(name) and not isinstance(
+        merged.encoder.layers[0].qkv, peft.tuners.lora.Linear
+    )
+    assert torch.equal(merged.encoder.layers[0].qkv.weight, wanted)
+
+
+def test_stock_models_keep_their_default_targets():
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2)
+    EncoderConfig().to_dict()
+    peft.get_peft_model(their_model("bert", NAME), lora)
+    assert lora.target_modules == {"query", "value"}
 
 
 class Rows(torch.utils.data.Dataset):

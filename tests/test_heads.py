@@ -157,5 +157,5 @@ def test_weights_of_objectives_scale_their_losses_alone():
 def test_the_pair_head_has_a_class_for_every_order():
     model = BertForPreTraining.from_config(tiny_config(pair_classes=6))
     assert model(tiny_examples([9]).batch([0])).seq_relationship_logits.shape == (1, 6)
-    assert tiny_config(pair_classes=6).to_dict()["pair_classes"] == 6
-    assert "pair_classes" not in tiny_config().to_dict()
+    assert tiny_config(pair_classes=6).to_hugging_face()["pair_classes"] == 6
+    assert "pair_classes" not in tiny_config().to_hugging_face()
