@@ -12,9 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from oracle import ErrorRule
 from safetensors.torch import load_file
 from tiny import tiny_documents, tiny_tokenizer
+
+from fastbert.errors import InputError
+from fastbert.training.loop import default_device
+from fastbert.training.parallel import Ranks
 
 GRADIENTS = """if True:
     import sys
@@ -74,6 +79,37 @@ def run(root: Path, ranks: int, *words: str) -> str:
     printed, _ = process.communicate(timeout=600)
     assert process.returncode == 0, printed
     return printed
+
+
+def test_every_process_of_a_machine_has_its_own_gpu(monkeypatch):
+    current = [0]
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device.index))
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, **_: seen.append((backend, current[-1]))
+    )
+    monkeypatch.setattr(dist, "get_rank", lambda: 7)
+    monkeypatch.setattr(dist, "new_group", lambda **_: None)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    device = default_device()
+    assert device == torch.device("cuda", 3)
+    assert Ranks.from_environment(device).rank == 7
+    # joined after the GPU was chosen
+    assert seen == [("nccl", 3)]
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(InputError, match="process 5 of this machine has no GPU, there are 4"):
+        default_device()
+
+
+def test_alone_the_current_gpu_is_left_as_it_is(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: pytest.fail("changed"))
+    assert default_device() == torch.device("cuda")
 
 
 def test_a_step_is_the_same_for_any_number_of_ranks(root, tmp_path):

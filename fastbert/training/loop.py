@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -118,8 +119,26 @@ class Interruption:
 
 
 def default_device() -> torch.device:
-    """The first GPU, or else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process's GPU, or else the CPU; under torchrun each process of a machine has its own.
+
+    Raises:
+        InputError: more processes than GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    place = os.environ.get("LOCAL_RANK")
+    if place is None:
+        return torch.device("cuda")
+    count = torch.cuda.device_count()
+    if int(place) >= count:
+        raise InputError(
+            f"torchrun: process {int(place) + 1} of this machine has no GPU, there "
+            f"{'is' if count == 1 else 'are'} {count}; --nproc-per-node must be at most that"
+        )
+    device = torch.device("cuda", int(place))
+    # kernels, streams and collectives go to the current one
+    torch.cuda.set_device(device)
+    return device
 
 
 def describe_path(device: torch.device) -> str:
