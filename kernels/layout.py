@@ -1,7 +1,7 @@
 """Where each sequence of a packed stream lies, worked out once a batch for all layers.
 
 Kernels read row ranges and tile bounds, whose shapes follow from the capacity alone; the reference
-path reads groups of sequences of similar length.
+path reads groups of sequences.
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# sequences share a padded group while the shortest is at least this share of the longest
-GROUP_FILL = 0.75
-# below this length the matrix products are too small for the fill to matter; block lengths are
-# multiples of it, because a matrix library prepares code anew for every new shape
-GROUP_STEP = 16
+from fastbert.kernels.groups import Group, plan_groups
+
 # a tile that owns its sequences whole has at most this many rows
 OWNED_BLOCKS = (64, 128)
 
@@ -35,28 +32,6 @@ class Rows(NamedTuple):
     ends: Tensor
     positions: Tensor
     sample_ids: Tensor | None = None
-
-
-@dataclass
-class Group:
-    """Sequences of similar length, addressed as one padded block.
-
-    Attributes:
-        sequences, length: the block's shape.
-        index: [sequences * length] int64, the token row of each slot; padding slots repeat the
-            sequence's own first row, so that a neighbour's values never enter.
-        padding: [sequences, length] bool, or None where no slot is padding.
-        slots, rows: [real tokens] int64, the slots that are not padding, and their token rows.
-        start: first row where the group is one contiguous run without padding, else None.
-    """
-
-    sequences: int
-    length: int
-    index: Tensor
-    padding: Tensor | None
-    slots: Tensor
-    rows: Tensor
-    start: int | None
 
 
 @dataclass
@@ -81,7 +56,7 @@ class Layout:
     sample_ids: Tensor | None = None
     _rows: Tensor | None = field(default=None, repr=False)
     _tiles: Tensor | None = field(default=None, repr=False)
-    _groups: list[Group] | None = field(default=None, repr=False)
+    _groups: dict[bool, list[Group]] = field(default_factory=dict, repr=False)
     _num_tokens: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -142,11 +117,12 @@ class Layout:
             self._tiles = _plan_tiles(self.cu_seqlens, self.capacity, self.block)
         return self._tiles
 
-    def groups(self) -> list[Group]:
-        """The plan of the reference path's attention; reads cu_seqlens on the host."""
-        if self._groups is None:
-            self._groups = _plan_groups(self.cu_seqlens)
-        return self._groups
+    def groups(self, dtype: torch.dtype) -> list[Group]:
+        """The plan of the reference path's attention in `dtype`; reads cu_seqlens on the host."""
+        rounded = dtype.itemsize < 4
+        if rounded not in self._groups:
+            self._groups[rounded] = plan_groups(self.cu_seqlens, rounded=rounded)
+        return self._groups[rounded]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Layout:
         """The same layout on `device`, rows and tiles made before they travel."""
@@ -180,7 +156,7 @@ class Layout:
         ):
             if target is not None and source is not None:
                 target.copy_(source, non_blocking=True)
-        self._groups, self._num_tokens = None, None
+        self._groups, self._num_tokens = {}, None
 
     def _shape(self) -> tuple[int, int, int, bool]:
         slots = self.cu_seqlens.shape[0] - 1
@@ -222,42 +198,3 @@ def _plan_tiles(cu_seqlens: Tensor, capacity: int, block: int) -> Tensor:
     used = (edges < bounds[-1]).sum(dtype=torch.int32)
     tail = bounds[-1] + (index - used) * block
     return torch.where(index <= used, edges, tail.clamp(max=capacity))
-
-
-def _plan_groups(cu_seqlens: Tensor) -> list[Group]:
-    bounds = cu_seqlens.to("cpu", torch.int64)
-    starts, lengths = bounds[:-1], bounds[1:] - bounds[:-1]
-    real = lengths > 0
-    starts, lengths = starts[real], lengths[real]
-    if not len(lengths):
-        return []
-    order = torch.argsort(lengths, descending=True, stable=True)
-    starts, lengths = starts[order], lengths[order]
-    groups, first = [], 0
-    sizes = lengths.tolist()
-    for last in range(1, len(sizes) + 1):
-        longest = sizes[first]
-        if last < len(sizes) and sizes[last] >= min(longest * GROUP_FILL, longest - GROUP_STEP):
-            continue
-        groups.append(_group(starts[first:last], lengths[first:last], cu_seqlens.device))
-        first = last
-    return groups
-
-
-def _group(starts: Tensor, lengths: Tensor, device: torch.device) -> Group:
-    length = -(-int(lengths[0]) // GROUP_STEP) * GROUP_STEP
-    places = torch.arange(length)
-    valid = places < lengths[:, None]
-    index = (starts[:, None] + torch.where(valid, places, 0)).flatten()
-    slots = valid.flatten().nonzero().squeeze(1)
-    whole = len(slots) == len(index)
-    contiguous = whole and bool((index == index[0] + torch.arange(len(index))).all())
-    return Group(
-        sequences=len(starts),
-        length=length,
-        index=index.to(device),
-        padding=None if whole else ~valid.to(device),
-        slots=slots.to(device),
-        rows=index[slots].to(device),
-        start=int(index[0]) if contiguous else None,
-    )

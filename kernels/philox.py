@@ -25,6 +25,7 @@ A draw is named by logical coordinates, never by tiles. Two ways to draw:
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -128,14 +129,22 @@ def keep_mask(shape: tuple[int, ...], dropout_p: float, rng: Rng, like: Tensor) 
     if rng.exact or (like.is_cuda and like.dim() == 2):
         mask = exact_mask(shape, dropout_p, rng, like.device)
         return mask.to(like.dtype)
+    return next(keep_masks([shape], dropout_p, rng, like))
+
+
+def keep_masks(
+    shapes: Iterable[tuple[int, ...]], dropout_p: float, rng: Rng, like: Tensor
+) -> Iterator[Tensor]:
+    """Masks of one draw by a torch generator, one after the other, each made when asked for."""
     scale = 1.0 / (1.0 - dropout_p)
     share = 1.0 - dropout_p
     if torch.finfo(like.dtype).bits == 16:
         scale = torch.tensor(scale, dtype=like.dtype).item()
         share = 1.0 / scale
-    mask = torch.empty(shape, dtype=torch.float32)
-    mask.bernoulli_(share, generator=rng.generator())
-    return mask.mul_(scale).to(device=like.device, dtype=like.dtype)
+    generator = rng.generator()
+    for shape in shapes:
+        mask = torch.empty(shape, dtype=torch.float32).bernoulli_(share, generator=generator)
+        yield mask.mul_(scale).to(device=like.device, dtype=like.dtype)
 
 
 def exact_mask(

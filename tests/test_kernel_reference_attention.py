@@ -152,7 +152,7 @@ def dropout_blocks(
         return [1.0] * (len(bounds) - 1)
     blocks: dict[int, Tensor] = {}
     masks = reference_attention._attention_masks(Plan(layout, 1.0, dropout_p, rng), like)
-    for group, mask in zip(layout.groups(), masks, strict=True):
+    for group, mask in zip(layout.groups(like.dtype), masks, strict=True):
         first_rows = group.index.view(group.sequences, group.length)[:, 0].tolist()
         for start, block in zip(first_rows, mask, strict=True):
             size = bounds[bounds.index(start) + 1] - start

@@ -1,0 +1,98 @@
+"""Which sequences the reference path's attention computes as one block.
+
+One block a sequence spends its time on calls where sequences are short; one block of them all
+spends it on padding and on memory, since scores leave the processor's cache between two passes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# sequences share a padded block while the shortest is at least this share of the longest
+GROUP_FILL = 0.75
+# below this length the matrix products are too small for the fill to matter; block lengths are
+# multiples of it, because a matrix library prepares code anew for every new shape in 16 bits
+GROUP_STEP = 16
+# scores of one head in a block: with a dozen heads they stay in a core's cache
+BLOCK_SCORES = 1 << 14
+# where lengths need not be rounded, longer sequences are blocks of their own, and nothing is copied
+# on the way in; shorter ones share a block with those of their length
+SHARED_LENGTH = 32
+
+
+@dataclass
+class Group:
+    """Sequences of similar length, addressed as one padded block.
+
+    Attributes:
+        sequences, length: the block's shape.
+        index: [sequences * length] int64, the token row of each slot; padding slots repeat the
+            sequence's own first row, so that a neighbour's values never enter.
+        padding: [sequences, length] bool, or None where no slot is padding.
+        slots, rows: [real tokens] int64, the slots that are not padding, and their token rows.
+        start: first row where the group is one contiguous run without padding, else None.
+    """
+
+    sequences: int
+    length: int
+    index: Tensor
+    padding: Tensor | None
+    slots: Tensor
+    rows: Tensor
+    start: int | None
+
+
+def plan_groups(cu_seqlens: Tensor, *, rounded: bool) -> list[Group]:
+    """Every sequence in one group, the longest first; empty ones in none.
+
+    Args:
+        cu_seqlens: [sequences + 1] integers; read on the host.
+        rounded: whether all block lengths are multiples of GROUP_STEP; else no slot is padding.
+    """
+    bounds = cu_seqlens.to("cpu", torch.int64)
+    starts, lengths = bounds[:-1], bounds[1:] - bounds[:-1]
+    order = torch.argsort(lengths, descending=True, stable=True)
+    starts, lengths = starts[order], lengths[order]
+    sizes, firsts = lengths[lengths > 0].tolist(), starts.tolist()
+    device = cu_seqlens.device
+    every = torch.arange(int(bounds[-1]), device=device)
+    groups, first = [], 0
+    while first < len(sizes):
+        longest = sizes[first]
+        if not rounded and longest > SHARED_LENGTH:
+            groups.append(_alone(firsts[first], longest, every))
+            first += 1
+            continue
+        length = -(-longest // GROUP_STEP) * GROUP_STEP if rounded else longest
+        least = min(longest * GROUP_FILL, longest - GROUP_STEP) if rounded else longest
+        stop = min(len(sizes), first + max(1, BLOCK_SCORES // length**2))
+        last = next((n for n in range(first, stop) if sizes[n] < least), stop)
+        groups.append(_group(starts[first:last], lengths[first:last], length, device))
+        first = last
+    return groups
+
+
+def _alone(start: int, length: int, every: Tensor) -> Group:
+    rows = every.narrow(0, start, length)
+    return Group(1, length, rows, None, every.narrow(0, 0, length), rows, start)
+
+
+def _group(starts: Tensor, lengths: Tensor, length: int, device: torch.device) -> Group:
+    places = torch.arange(length)
+    valid = places < lengths[:, None]
+    index = (starts[:, None] + torch.where(valid, places, 0)).flatten()
+    slots = valid.flatten().nonzero().squeeze(1)
+    whole = len(slots) == len(index)
+    contiguous = whole and bool((index == index[0] + torch.arange(len(index))).all())
+    return Group(
+        sequences=len(starts),
+        length=length,
+        index=index.to(device),
+        padding=None if whole else ~valid.to(device),
+        slots=slots.to(device),
+        rows=index[slots].to(device),
+        start=int(index[0]) if contiguous else None,
+    )
