@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from fastbert.config import EncoderConfig
 from fastbert.kernels import ops
 from fastbert.kernels.ops import Rng
-from fastbert.linear import feed_forward, product, project
+from fastbert.linear import feed_forward, product, project_qkv
 from fastbert.norm import Norm
 from fastbert.packing import PackedBatch
 
@@ -99,7 +99,7 @@ class Layer(nn.Module):
         """[tokens, hidden_size] -> [tokens, hidden_size], or of these rows alone."""
         config = self.config
         attention_dropout, output_dropout = self.dropout_ps if rng else (0.0, 0.0)
-        projected = project(self.qkv, hidden_states)
+        projected = project_qkv(self.qkv, hidden_states, rows)
         context = ops.fused_qkv_attention(
             projected.view(-1, 3, config.num_attention_heads, config.head_dim),
             batch.cu_seqlens,
@@ -166,8 +166,8 @@ class Encoder(nn.Module):
         Args:
             batch: packed sequences, none longer than the configuration's `max_seqlen`.
             rng: names this step's dropout draws; None for no dropout.
-            rows: [selected] int64; the last layer's output projection and feed-forward are computed
-                for these tokens alone. None for all.
+            rows: [selected] int64; the last layer's query, output projection and feed-forward are
+                computed for these tokens alone. None for all.
 
         Returns:
             [tokens, hidden_size], or [selected, hidden_size].

@@ -32,6 +32,13 @@ def project(module: nn.Module, x: Tensor) -> Tensor:
     return module(x)  # type: ignore[no-any-return]
 
 
+def project_qkv(module: nn.Module, x: Tensor, rows: Tensor | None) -> Tensor:
+    """Query, key and value in one; where rows are given, nobody reads the queries of others."""
+    if rows is None or not is_plain(module):
+        return project(module, x)
+    return ops.selected_qkv(x, module.weight, module.bias, rows)  # type: ignore[arg-type]
+
+
 def product(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """The product, and the bias that is still to be added: layer_norm does it on the way."""
     if is_plain(module):

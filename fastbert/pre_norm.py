@@ -20,7 +20,7 @@ from fastbert.encoder import Encoder
 from fastbert.errors import InputError
 from fastbert.kernels import ops
 from fastbert.kernels.ops import Rng
-from fastbert.linear import gated_feed_forward, product, project
+from fastbert.linear import gated_feed_forward, product, project_qkv
 from fastbert.norm import Norm
 from fastbert.packing import PackedBatch
 
@@ -164,10 +164,11 @@ class PreNormLayer(nn.Module):
         tables: tuple[Tensor, Tensor],
         rng: Rng | None,
         number: int,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """[tokens, hidden_size] -> the same, and the bias that is still to be added."""
+        """[tokens, hidden_size] -> the same or these rows alone, and the bias still to be added."""
         config = self.config
-        projected = project(self.qkv, normed).view(
+        projected = project_qkv(self.qkv, normed, rows).view(
             -1, 3, config.num_attention_heads, config.head_dim
         )
         context = ops.fused_qkv_attention(
@@ -178,6 +179,9 @@ class PreNormLayer(nn.Module):
             rng=rng.at(number, _ATTENTION) if rng else None,
             window=self.window,
         )
+        if rows is not None:
+            # what follows works on each row by itself
+            context = context.index_select(0, rows)
         return product(self.attention_output, context.flatten(1))
 
 
@@ -205,14 +209,15 @@ class PreNormEncoder(Encoder):
         layers: list[Any] = list(self.layers)
         norms = [layer.attention_norm for layer in layers[1:]] + [self.final_norm]
         for number, (layer, norm_after) in enumerate(zip(layers, norms, strict=True), start=1):
-            inputs = (layer, norm_after, normed, total, batch, rng, number)
+            chosen = rows if number == len(layers) else None
+            inputs = (layer, norm_after, normed, total, batch, rng, number, chosen)
             if self.recompute and torch.is_grad_enabled():
                 normed, total = checkpoint(
                     self._step, *inputs, use_reentrant=False, preserve_rng_state=False
                 )
             else:
                 normed, total = self._step(*inputs)
-        return normed if rows is None else normed.index_select(0, rows)
+        return normed
 
     def _step(
         self,
@@ -223,10 +228,14 @@ class PreNormEncoder(Encoder):
         batch: PackedBatch,
         rng: Rng | None,
         number: int,
+        rows: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """One layer and the norm after it: the normed rows, and the sum they were made of."""
         config = self.config
-        attended, bias = layer.attend(normed, batch, self.tables(layer.kind), rng, number)
+        attended, bias = layer.attend(normed, batch, self.tables(layer.kind), rng, number, rows)
+        if rows is not None:
+            total = total.index_select(0, rows)
+            rng = rng.select(rows) if rng else None
         normed, total = ops.layer_norm_with_sum(
             attended,
             layer.output_norm.weight,

@@ -35,6 +35,7 @@ from fastbert.kernels.launch import describe, use_backend
 from fastbert.kernels.layout import Layout
 from fastbert.kernels.masked_lm_ops import CrossEntropy, linear_cross_entropy, masked_lm_loss
 from fastbert.kernels.philox import Rng
+from fastbert.kernels.selected_qkv import selected_qkv
 
 __all__ = [
     "Attended",
@@ -54,6 +55,7 @@ __all__ = [
     "linear_cross_entropy",
     "masked_lm_loss",
     "rotary",
+    "selected_qkv",
     "use_backend",
     "with_attention_words",
 ]

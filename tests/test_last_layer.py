@@ -9,6 +9,7 @@ from tiny import gradients, stirred, tiny_config, tiny_examples
 
 from fastbert import encoder
 from fastbert.kernels.ops import Rng
+from fastbert.linear import is_plain
 from fastbert.models import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification
 from fastbert.packing import Capacity
 
@@ -24,8 +25,25 @@ def batch_of(architecture, seed: int, *, sample_ids: bool):
     return examples.batch(range(len(LENGTHS)), Capacity(70, 6, 12))
 
 
-def results(architecture, seed: int, dtype: torch.dtype, *, sample_ids: bool = True):
-    model = stirred(architecture.from_config(tiny_config(), seed), seed).to(dtype)
+# rotary positions, windows, and norms in front; heads of an even width
+MODERN = {"model_type": "modernbert", "hidden_size": 24, "extra": {"local_attention": 12}}
+
+
+def results(
+    architecture,
+    seed: int,
+    dtype: torch.dtype,
+    *,
+    sample_ids: bool = True,
+    hook: bool = False,
+    **fields,
+):
+    model = stirred(architecture.from_config(tiny_config(**fields), seed), seed).to(dtype)
+    if hook:
+        # what an adapter does: its module has a say in the projection
+        qkv = model.encoder.layers[-1].qkv
+        qkv.register_forward_hook(lambda module, inputs, output: output * 1.5)
+        assert not is_plain(qkv)
     # exact masks belong to the row, whichever rows are computed
     rng = Rng(seed, exact=True)
     output = model(batch_of(architecture, seed, sample_ids=sample_ids), rng=rng)
@@ -36,13 +54,26 @@ def results(architecture, seed: int, dtype: torch.dtype, *, sample_ids: bool = T
 @pytest.mark.parametrize("sample_ids", [True, False])
 @pytest.mark.parametrize("architecture", HEADS)
 def test_loss_and_gradients_are_those_of_the_whole_layer(architecture, sample_ids, monkeypatch):
+    check(monkeypatch, architecture, sample_ids=sample_ids)
+
+
+@pytest.mark.parametrize("architecture", [BertForMaskedLM, BertForSequenceClassification])
+def test_rotary_positions_windows_and_norms_in_front(architecture, monkeypatch):
+    check(monkeypatch, architecture, **MODERN)
+
+
+def test_a_projection_with_an_adapter_is_called_whole(monkeypatch):
+    check(monkeypatch, BertForMaskedLM, hook=True)
+
+
+def check(monkeypatch, architecture, **options) -> None:
     rule = ErrorRule()
     for seed in SEEDS:
-        ours = results(architecture, seed, torch.float32, sample_ids=sample_ids)
+        ours = results(architecture, seed, torch.float32, **options)
         with monkeypatch.context() as patch:
             patch.setattr(encoder, "MOST_SELECTED", 0.0)
             whole, oracle = (
-                results(architecture, seed, dtype, sample_ids=sample_ids)
+                results(architecture, seed, dtype, **options)
                 for dtype in (torch.float32, torch.float64)
             )
         assert ours.keys() == whole.keys() == oracle.keys()
@@ -51,19 +82,41 @@ def test_loss_and_gradients_are_those_of_the_whole_layer(architecture, sample_id
     rule.assert_within()
 
 
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
 @pytest.mark.parametrize("architecture", HEADS)
-def test_the_feed_forward_sees_those_rows_alone(architecture, monkeypatch):
-    rows = []
-    original = encoder.ops.feed_forward
+def test_query_and_feed_forward_see_those_rows_alone(architecture, family, monkeypatch):
+    if family == "modernbert" and architecture is BertForPreTraining:
+        pytest.skip("no such model of the family")
+    seen: dict[str, list[int]] = {"fed": [], "asked": []}
 
-    def seen(x, *rest, **options):
-        rows.append(len(x))
-        return original(x, *rest, **options)
+    def watch(name, record):
+        original = getattr(encoder.ops, name)
 
-    monkeypatch.setattr(encoder.ops, "feed_forward", seen)
-    results(architecture, 0, torch.float32)
+        def watched(*arguments, **options):
+            record(*arguments)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(encoder.ops, name, watched)
+
+    def fed(x, *rest):
+        seen["fed"].append(len(x))
+
+    def asked(qkv, *rest):
+        seen["asked"].append(int((qkv[:, 0] != 0.0).flatten(1).any(dim=1).sum()))
+
+    watch("feed_forward" if family == "bert" else "gated_feed_forward", fed)
+    watch("fused_qkv_attention", asked)
+    results(architecture, 0, torch.float32, **(MODERN if family == "modernbert" else {}))
     read = {BertForMaskedLM: 12, BertForPreTraining: 12 + 6, BertForSequenceClassification: 6}
-    assert rows == [70, read[architecture]]
+    # free slots and empty sequences point to rows that others read as well, or to the tail
+    batch = batch_of(architecture, 0, sample_ids=True)
+    parts = {
+        BertForMaskedLM: [batch.masked_positions],
+        BertForPreTraining: [batch.masked_positions, batch.first_tokens],
+        BertForSequenceClassification: [batch.first_tokens],
+    }[architecture]
+    assert seen["fed"] == [70, read[architecture]]
+    assert seen["asked"] == [70, len(torch.cat(parts).unique())]
 
 
 def test_where_many_rows_are_read_the_layer_is_whole():
