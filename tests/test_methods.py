@@ -16,11 +16,17 @@ from fastbert.models import BertForSequenceClassification
 from fastbert.tasks.classify import Classify
 from fastbert.tasks.embed import in_batch_loss
 from fastbert.tasks.losses import Shaping, binary_loss, choice_loss, class_loss
+from fastbert.tasks.registry import make_task
 from fastbert.tasks.saved import Saved
 from fastbert.training import finetune as finetune_module
 from fastbert.training import finetune_run
-from fastbert.training.finetune import finetune
-from fastbert.training.methods import class_weights, freeze_layers, layer_rates
+from fastbert.training.finetune import finetune, refuse_unfit
+from fastbert.training.methods import (
+    class_weights,
+    count_layers,
+    freeze_layers,
+    layer_rates,
+)
 from fastbert.training.optimizer import Optimizers
 from fastbert.training.seeds import finetune_seeds, spread
 
@@ -53,12 +59,53 @@ def test_what_is_frozen_is_not_trained(freeze, frozen) -> None:
     assert trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def test_freezing_what_is_not_there() -> None:
+def test_freezing_what_is_not_there(config) -> None:  # noqa: F811
     with pytest.raises(InputError, match="--freeze 3: the model has 2 layers"):
-        freeze_layers(tiny_model(), "3")
+        refuse_unfit(Classify(), tiny_model(), dataclasses.replace(config, freeze="3"))
     for bad in ("0", "-1", "all", "1.5"):
         with pytest.raises(InputError, match="--freeze must be none, embeddings, a number"):
             freeze_layers(tiny_model(), bad)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "fields", "message"),
+    [
+        ("similarity", {}, {"label_smoothing": 0.1}, "--label-smoothing 0.1: the loss of similar"),
+        ("tag", {"crf": True}, {"label_smoothing": 0.1}, "--label-smoothing 0.1: the loss of tag"),
+        ("tag", {"crf": True}, {"class_weights": "balanced"}, "--class-weights balanced: the loss"),
+        ("answer", {}, {"class_weights": "balanced"}, "--class-weights balanced: the loss of answ"),
+        ("embed", {}, {"freeze": "encoder"}, "--freeze encoder: embed here has no head; nothing"),
+        ("embed", {}, {"freeze": "2"}, "--freeze 2: embed here has no head"),
+        ("similarity", {"manner": "cosine"}, {"freeze": "encoder"}, "similarity here has no head"),
+    ],
+)
+def test_a_method_that_would_do_nothing(config, task, options, fields, message) -> None:  # noqa: F811
+    with pytest.raises(InputError, match=message):
+        refuse_unfit(
+            make_task(task, **options), tiny_model(), dataclasses.replace(config, **fields)
+        )
+
+
+def test_what_does_something_is_taken(config) -> None:  # noqa: F811
+    refuse_unfit(make_task("embed"), tiny_model(), dataclasses.replace(config, freeze="1"))
+    for task in ("classify", "tag", "relation", "intent"):
+        shaped = dataclasses.replace(config, class_weights="balanced", label_smoothing=0.1)
+        refuse_unfit(make_task(task), tiny_model(), dataclasses.replace(shaped, freeze="encoder"))
+
+
+def test_nothing_is_left_behind_by_a_method_that_does_not_fit(config) -> None:  # noqa: F811
+    deep = dataclasses.replace(config, freeze="3")
+    with pytest.raises(InputError, match="--freeze 3: the model has 2 layers"):
+        finetune(Classify(), deep, say=lambda _: None)
+    assert not Path(config.out).exists()
+
+
+def test_layers_that_share_weights_are_one() -> None:
+    shared = tiny_config(
+        model_type="albert", num_hidden_layers=6, num_hidden_groups=1, inner_group_num=1
+    )
+    assert count_layers(BertForSequenceClassification.from_config(shared)) == 1
+    assert count_layers(tiny_model()) == 2
 
 
 def test_rates_fall_from_the_last_layer_to_the_embeddings() -> None:
@@ -95,12 +142,10 @@ def test_every_parameter_gets_its_rate(optimizer) -> None:
 
 def test_rare_classes_count_more_and_the_mean_stays_one() -> None:
     counts = np.array([6, 2, 0])
-    weights = class_weights("balanced", counts, Classify())
+    weights = class_weights("balanced", counts)
     assert weights.tolist() == pytest.approx([8 / 12, 2.0, 0.0])
     assert float(weights.numpy() @ counts) == pytest.approx(counts.sum())
-    assert class_weights("none", counts, Classify()) is None
-    with pytest.raises(InputError, match="--class-weights balanced: classify has no classes"):
-        class_weights("balanced", None, Classify())
+    assert class_weights("none", counts) is None
 
 
 def fitted(rows) -> Classify:

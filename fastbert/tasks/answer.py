@@ -86,6 +86,10 @@ class Answer(Task):
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} must be at least 1, got {getattr(self, name)}")
 
+    @property
+    def shaped_by(self) -> tuple[str, ...]:
+        return ("label_smoothing",)
+
     def read(self, path: str, say: Say) -> list[Question]:
         rows, remarks = read_questions(Path(path), self.encoding)
         if not rows:

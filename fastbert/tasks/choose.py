@@ -65,6 +65,10 @@ class Choose(Task):
 
     first_label: int = option("what label numbers count from", 0)
 
+    @property
+    def shaped_by(self) -> tuple[str, ...]:
+        return ("label_smoothing",)
+
     def read(self, path: str, say: Say) -> list[Choices]:
         records = read_records(Path(path), self.form)
         rows = [

@@ -60,6 +60,14 @@ class Embed(Task):
         if self.scale <= 0:
             raise InputError(f"--scale must be more than 0, got {self.scale}")
 
+    @property
+    def shaped_by(self) -> tuple[str, ...]:
+        return () if self.kind == "scored" else ("label_smoothing",)
+
+    @property
+    def has_head(self) -> bool:
+        return False
+
     def read(self, path: str, say: Say) -> Groups:
         found = read_groups(Path(path), self.form)
         what = {"scored": "scored pair", "texts": "text", "collection": "text"}.get(found.kind)

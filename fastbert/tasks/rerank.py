@@ -45,6 +45,10 @@ class Rerank(PairTask):
     def __post_init__(self) -> None:
         self.pair = True
 
+    @property
+    def shaped_by(self) -> tuple[str, ...]:
+        return ("label_smoothing",)
+
     def read(self, path: str, say: Say) -> list[Row]:
         lists = None
         if path.lower().endswith((".jsonl", ".jsonl.gz")):
@@ -143,10 +147,6 @@ class Rerank(PairTask):
         shown = {name: figures[name] for name in ("ndcg_at_10", "mrr_at_10")}
         right = (logits > 0) == (units.values[:, 0] > 0.5)
         return Scores({**shown, "accuracy": float(right.mean())})
-
-    def class_counts(self, units: Units) -> np.ndarray | None:
-        """Passages that are relevant; the weight is that of a relevant one over another."""
-        return None
 
     def rows_of(self, inputs: Sequence[Any], where: str) -> list[Row]:
         return self.rows_of_texts(inputs, where)

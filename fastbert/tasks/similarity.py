@@ -59,6 +59,14 @@ class Similarity(PairTask):
         if self.manner not in MANNERS:
             raise InputError(f"--manner must be one of {', '.join(MANNERS)}, got {self.manner!r}")
 
+    @property
+    def shaped_by(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def has_head(self) -> bool:
+        return self.manner == "regression"
+
     def read(self, path: str, say: Say) -> list[Row]:
         table = read_table(
             path,

@@ -53,6 +53,11 @@ class Tag(Task):
     scheme: str | None = field(default=None, init=False)
     fitted: bool = field(default=False, init=False)
 
+    @property
+    def shaped_by(self) -> tuple[str, ...]:
+        # whole sequences of tags are scored there
+        return () if self.crf else super().shaped_by
+
     def read(self, path: str, say: Say) -> list[Sentence]:
         found = read_tagged(Path(path), self.encoding)
         sentences = found.sentences

@@ -113,6 +113,16 @@ class Task(ABC):
     max_seq_len: int | None = field(default=None, init=False)
 
     @property
+    def shaped_by(self) -> tuple[str, ...]:
+        """Of "class_weights" and "label_smoothing" those that its loss takes."""
+        return ("class_weights", "label_smoothing")
+
+    @property
+    def has_head(self) -> bool:
+        """Whether there is something to train beside the encoder."""
+        return True
+
+    @property
     def form(self) -> FileFormat:
         """How the files are written."""
         return FileFormat(self.encoding)

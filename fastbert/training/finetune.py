@@ -22,6 +22,7 @@ from fastbert.training.finetune_config import FinetuneConfig
 from fastbert.training.finetune_run import MODEL_FOLDER, Run
 from fastbert.training.loop import default_device, describe_path
 from fastbert.training.meter import Meter
+from fastbert.training.methods import count_layers, parse_freeze
 from fastbert.training.state import check_run, claim_run, remove_checkpoints
 
 REPORT_FILE = "report.json"
@@ -63,6 +64,7 @@ def finetune(
     if fresh:
         say(f"{source}: new weights for the {' and '.join(fresh)}, the rest as read")
     _check_fit(model.config, tokenizer, config, str(source))  # type: ignore[arg-type]
+    refuse_unfit(task, model, config)
     folder = claim_run(config.out, settings, resume=config.resume)
     return finetune_from(model, tokenizer, training, evaluation, config, folder, task=task, say=say)
 
@@ -142,6 +144,28 @@ def finetune_from(
     say(f"{label}: {run.summary(report)}")
     say(f"{label}: model in {folder / MODEL_FOLDER}")
     return report
+
+
+def refuse_unfit(task: Task, model: Any, config: FinetuneConfig) -> None:
+    """Look at what a run asks of a task, before anything is written.
+
+    Raises:
+        InputError: a setting that the task's loss would not look at, or nothing left to train.
+    """
+    for name, given in (
+        ("class_weights", config.class_weights != "none"),
+        ("label_smoothing", config.label_smoothing > 0),
+    ):
+        if given and name not in task.shaped_by:
+            flag, value = name.replace("_", "-"), getattr(config, name)
+            raise InputError(f"--{flag} {value}: the loss of {task.name} here has no classes")
+    depth = count_layers(model)
+    if parse_freeze(config.freeze) >= depth and not task.has_head:
+        raise InputError(
+            f"--freeze {config.freeze}: {task.name} here has no head; nothing would be trained"
+        )
+    if config.freeze.isdigit() and int(config.freeze) > depth:
+        raise InputError(f"--freeze {config.freeze}: the model has {depth} layers")
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:

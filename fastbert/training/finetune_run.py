@@ -20,7 +20,7 @@ from fastbert.tokenizer import Tokenizer
 from fastbert.training.finetune_config import FinetuneConfig
 from fastbert.training.loop import Interruption, LoopConfig, compute_dtype, train
 from fastbert.training.meter import Meter
-from fastbert.training.methods import class_weights, freeze_layers, layer_rates
+from fastbert.training.methods import class_weights, count_layers, freeze_layers, layer_rates
 from fastbert.training.optimizer import Optimizers
 from fastbert.training.schedule import Budget
 from fastbert.training.state import TrainState, load_checkpoint, save_checkpoint
@@ -81,12 +81,10 @@ class Run:
             muon_learning_rate=self.peak,
             weight_decay=config.weight_decay,
             beta2=0.999,
-            rate_factor=layer_rates(self.model.config.num_hidden_layers, config.layer_decay),
+            rate_factor=layer_rates(count_layers(self.model), config.layer_decay),
         )
         counts = self.task.class_counts(self.training) if config.class_weights != "none" else None
-        shaping = Shaping(
-            class_weights(config.class_weights, counts, self.task), config.label_smoothing
-        )
+        shaping = Shaping(class_weights(config.class_weights, counts), config.label_smoothing)
         self.state = TrainState()
         if config.resume:
             self.state = load_checkpoint(self.folder, self.model, self.optimizers)

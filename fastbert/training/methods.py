@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.errors import InputError
-from fastbert.tasks.task import Task
 
 CLASS_WEIGHTS = ("none", "balanced")
 _LAYER = re.compile(r"(?:^|\.)encoder\.layers\.(\d+)\.")
@@ -32,6 +31,14 @@ def parse_freeze(freeze: str) -> int:
     )
 
 
+def count_layers(model: nn.Module) -> int:
+    """Layers with weights of their own; in ALBERT fewer than are computed."""
+    return 1 + max(
+        (int(found[1]) for name, _ in model.named_parameters() if (found := _LAYER.search(name))),
+        default=-1,
+    )
+
+
 def freeze_layers(model: nn.Module, freeze: str) -> int:
     """Take embeddings and first layers out of training.
 
@@ -41,17 +48,8 @@ def freeze_layers(model: nn.Module, freeze: str) -> int:
 
     Returns:
         How many numbers are still trained.
-
-    Raises:
-        InputError: more layers than there are.
     """
     count = parse_freeze(freeze)
-    layers = 1 + max(
-        (int(found[1]) for name, _ in model.named_parameters() if (found := _LAYER.search(name))),
-        default=-1,
-    )
-    if freeze.isdigit() and count > layers:
-        raise InputError(f"--freeze {count}: the model has {layers} layers")
     trained = 0
     for name, parameter in model.named_parameters():
         layer = _LAYER.search(name)
@@ -65,7 +63,7 @@ def layer_rates(layers: int, decay: float) -> Callable[[str], float] | None:
     """Learning rates that fall from the last layer to the embeddings (Howard and Ruder 2018).
 
     Args:
-        layers: of the encoder.
+        layers: with weights of their own (`count_layers`).
         decay: rate of a layer over that of the one above; heads take the last layer's.
 
     Returns:
@@ -83,21 +81,15 @@ def layer_rates(layers: int, decay: float) -> Callable[[str], float] | None:
     return factor
 
 
-def class_weights(kind: str, counts: np.ndarray | None, task: Task) -> Tensor | None:
+def class_weights(kind: str, counts: np.ndarray | None) -> Tensor | None:
     """Weights of classes by how rare they are, mean 1 over the training examples.
 
     Args:
         kind: of `CLASS_WEIGHTS`.
-        counts: [classes] training examples of each; None for tasks without classes.
-        task: for the message.
-
-    Raises:
-        InputError: the task has no classes.
+        counts: [classes] training examples of each; not looked at for "none".
     """
-    if kind == "none":
+    if kind == "none" or counts is None:
         return None
-    if counts is None:
-        raise InputError(f"--class-weights {kind}: {task.name} has no classes to weigh")
     present = counts > 0
     weights = np.zeros(len(counts), dtype=np.float32)
     weights[present] = counts.sum() / (present.sum() * counts[present])
