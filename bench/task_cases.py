@@ -101,7 +101,7 @@ CASES = (
         "test",
         ("intent_accuracy", "slot_f1", "exact"),
         "intent 97, slot F1 92",
-        settings={"epochs": 4, "learning_rate": 2e-4, "max_seq_len": 64},
+        settings={"epochs": 3, "learning_rate": 2e-4, "max_seq_len": 64},
     ),
     TaskCase(
         "wnut17",
@@ -122,7 +122,7 @@ CASES = (
         "dev",
         ("accuracy",),
         "accuracy 90",
-        settings={"epochs": 2, "max_seq_len": 128, "keep_best": False, "evaluate_epochs": 0},
+        settings={"epochs": 1, "max_seq_len": 128, "keep_best": False, "evaluate_epochs": 0},
         peer=True,
     ),
     TaskCase(
@@ -164,7 +164,7 @@ CASES = (
         "dev, 28 %",
         ("exact_match", "f1"),
         "EM and F1 told",
-        settings={"epochs": 4, "max_seq_len": 384, "keep_best": False, "evaluate_epochs": 0},
+        settings={"epochs": 2, "max_seq_len": 384, "keep_best": False, "evaluate_epochs": 0},
         peer=True,
     ),
     TaskCase(

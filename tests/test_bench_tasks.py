@@ -10,11 +10,20 @@ from tiny import tiny_config, tiny_tokenizer
 
 from fastbert.bench import task_results, task_speed, tasks
 from fastbert.bench.task_cases import CASES, TaskCase
-from fastbert.bench.task_data import BM25, Cranfield, Files, bm25_figures, cranfield_pairs, trec
+from fastbert.bench.task_data import (
+    BM25,
+    Cranfield,
+    Files,
+    bm25_figures,
+    choices_of_squad,
+    cranfield_pairs,
+    trec,
+)
 from fastbert.bench.task_speed import GROUPED, OURS, RANDOM
 from fastbert.errors import InputError
 from fastbert.models import BertModel
 from fastbert.tasks.registry import TASKS, make_task
+from fastbert.tasks.squad import read_questions
 from fastbert.tasks.task import Raw
 from fastbert.training.finetune_config import FinetuneConfig
 
@@ -65,6 +74,21 @@ def test_trec_has_six_classes(data, tmp_path) -> None:
     task.fit(rows)
     assert len(rows) == 5452 and task.labels == ["ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM"]
     assert len(task.read(str(files.evaluation), lambda _: None)) == 500
+
+
+def test_choices_are_made_of_questions(data, tmp_path) -> None:
+    if not (data / "qa" / "squad_v1.1").is_dir():
+        pytest.skip(f"the public data at {data} lack qa/squad_v1.1")
+    files = choices_of_squad(data, tmp_path)
+    task = make_task("choose")
+    rows = task.read(str(files.evaluation), lambda _: None)
+    asked, _ = read_questions(data / "qa" / "squad_v1.1" / "dev-v1.1.16articles_from_v2.json")
+    assert len(rows) == len(asked) == 2910
+    for row, question in zip(rows, asked, strict=True):
+        assert len(set(row.choices)) == 4 and row.question == question.question
+        assert row.choices[row.label] == question.context
+    # the right one stands anywhere
+    assert np.bincount([row.label for row in rows], minlength=4).min() > 0.2 * len(rows)
 
 
 MACHINE = {
