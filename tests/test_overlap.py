@@ -35,7 +35,7 @@ ROWS = {
     "relation": (
         Marked("a b", (0, 1), (2, 3), "x"),
         Marked("a b", (0, 1), (2, 3), "y", 5),
-        Marked("a b", (2, 3), (0, 1), "x"),
+        Marked("a b", (2, 3), (2, 3), "x"),
     ),
     "intent": (
         Sentence(("a",), ("O",), intent="x"),
@@ -63,8 +63,8 @@ def test_rows_are_the_same_by_what_they_ask(name) -> None:
 
 def test_a_collection_is_searched_not_answered() -> None:
     said: list[str] = []
-    collection = Groups([Group(("a",))])
-    collection.kind = "collection"
+    collection = Groups(kind="collection")
+    collection.append(Group(("a",)))
     say_overlap(make_task("embed"), "dev", [Group(("a",))], collection, said.append)
     assert said == []
 
