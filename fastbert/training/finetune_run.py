@@ -99,7 +99,7 @@ class Run:
         units, epochs = len(self.training), self.total_steps / self.stream.steps
         whole = sum(p.numel() for p in self.model.parameters())
         frozen = "" if self.trained == whole else f" ({self.trained:,} of them trained)"
-        classes = f", {len(self.task.labels)} classes" if self.task.labels else ""
+        classes = f", {len(self.task.labels)} classes" if len(self.task.labels) > 1 else ""
         return (
             f"{whole:,} parameters{frozen} on {self.device.type} in "
             f"{str(self.dtype).removeprefix('torch.')}; {units:,} {self.task.noun}s "
