@@ -192,7 +192,7 @@ CASES = (
         ("ndcg_at_10", "recall_at_10", "mrr_at_10"),
         "beside BM25",
         settings={
-            "epochs": 6,
+            "epochs": 3,
             "learning_rate": 5e-5,
             "max_seq_len": 256,
             "keep_best": False,
