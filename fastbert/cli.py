@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from fastbert import __version__
-from fastbert.commands import tasks
-from fastbert.commands.flags import add_doc_sep, add_fields, command
+from fastbert.commands import pretrain, tasks
+from fastbert.commands.flags import add_doc_sep, command
 from fastbert.errors import InputError
 from fastbert.threads import sleep_soon
 
@@ -80,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         _add_corpus,
         _add_tokenizer,
         _add_prepare,
-        _add_pretrain,
+        pretrain.add_pretrain,
+        pretrain.add_average,
         tasks.add_finetune,
         tasks.add_predict,
         _add_fill_mask,
@@ -197,63 +196,6 @@ def _prepare(given: argparse.Namespace) -> None:
         workers=given.workers,
         shard_tokens=given.shard_tokens,
     )
-
-
-def _add_pretrain(commands: Any) -> None:
-    from fastbert.training.presets import PRESETS
-    from fastbert.training.pretrain import PretrainConfig
-
-    parser = command(commands, "pretrain", _pretrain, "pre-train an encoder on text")
-    parser.add_argument(
-        "sources", nargs="+", help="a folder of shards, or files, globs, folders of text"
-    )
-    parser.add_argument("--tokenizer", required=True, help="folder or file of the vocabulary")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument(
-        "--preset", help="published settings, which other flags change: " + ", ".join(PRESETS)
-    )
-    parser.add_argument(
-        "--budget", help="time (10m, 4h) or tokens (30M, 3B); warm-up and decay follow"
-    )
-    add_doc_sep(parser)
-    add_fields(parser, PretrainConfig, given_alone=True)
-
-
-def _pretrain(given: argparse.Namespace) -> None:
-    from fastbert.training.pretrain import pretrain
-
-    report = pretrain(
-        given.sources,
-        given.tokenizer,
-        _pretrain_config(given),
-        doc_sep=given.doc_sep,
-        resume=given.resume,
-    )
-    if not report:
-        more = [] if given.resume else ["--resume"]
-        print("    " + shlex.join(["fastbert", *given.words, *more]))
-
-
-def _pretrain_config(given: argparse.Namespace) -> Any:
-    """The preset, changed by the flags that were given, ended by the budget."""
-    from fastbert.training.presets import preset
-    from fastbert.training.pretrain import PretrainConfig
-    from fastbert.training.schedule import parse_budget
-
-    names = {field.name for field in dataclasses.fields(PretrainConfig)}
-    flags = {name: value for name, value in vars(given).items() if name in names}
-    chosen = preset(given.preset) if given.preset is not None else None
-    config = PretrainConfig(**{**(chosen.fields if chosen else {}), **flags})
-    if given.budget is not None:
-        if config.max_steps is not None or config.max_minutes is not None:
-            raise InputError("--budget: give it, or --max-steps or --max-minutes")
-        budget = parse_budget(given.budget, config.token_budget * config.accumulation)
-        return dataclasses.replace(
-            config, max_steps=budget.max_steps, max_minutes=budget.max_minutes
-        )
-    if chosen and config.max_steps is None and config.max_minutes is None:
-        return dataclasses.replace(config, max_steps=chosen.steps)
-    return config
 
 
 def _add_fill_mask(commands: Any) -> None:

@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 
-from fastbert.cli import _parser, _pretrain_config
+from fastbert.cli import _parser
+from fastbert.commands.pretrain import pretrain_config
 from fastbert.errors import InputError
 from fastbert.training.presets import PRESETS, preset
 from fastbert.training.pretrain import PretrainConfig
@@ -15,7 +16,7 @@ WORDS = ["pretrain", "text", "--tokenizer", "tok", "--out", "run"]
 
 
 def config(*words: str) -> PretrainConfig:
-    return _pretrain_config(_parser().parse_args([*WORDS, *words], argparse.Namespace(words=[])))
+    return pretrain_config(_parser().parse_args([*WORDS, *words], argparse.Namespace(words=[])))
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -29,8 +30,11 @@ def test_every_preset_is_a_run_with_its_source(name):
     assert loop.clip_norm == found.clip_norm
     found.stream(torch.device("cpu"))
     assert found.encoder(30522).num_hidden_layers >= 12
-    tokens = found.max_steps * found.token_budget * found.accumulation
-    assert 3e9 <= tokens < 3e9 + found.token_budget * found.accumulation
+    growth = found.curriculum()
+    batches = sum(growth.accumulation_at(step) for step in range(found.max_steps))
+    # to a step, or to the rounding of batches that grow
+    slack = found.accumulation + (found.max_steps if found.ramp_share else 0)
+    assert abs(batches - 3e9 / found.token_budget) <= slack
 
 
 def test_flags_change_a_preset_and_nothing_else():
@@ -57,6 +61,15 @@ def test_budgets():
     for text in ("", "10", "m", "-3m", "0h", "3b", "1e9B"):
         with pytest.raises(InputError, match="--budget must be time"):
             config(f"--budget={text}")
+
+
+def test_under_a_budget_of_time_a_recipe_does_not_grow_by_steps():
+    found = config("--preset", "bert-original", "--budget", "4h")
+    assert found.curriculum().seq_len_at(0) == 512 and found.loop().accumulation_at(0) == 8
+    steps = config("--preset", "bert-original", "--budget", "3B").curriculum()
+    assert steps.seq_len_at(0) == 128 and steps.accumulation_at(0) == 2
+    with pytest.raises(InputError, match="--first-seq-len needs --max-steps"):
+        config("--preset", "bert-original", "--budget", "4h", "--first-seq-len", "64").loop()
 
 
 def test_unknown_presets():

@@ -16,10 +16,12 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 
 import numpy as np
 
 from fastbert.data.batches import Vocabulary
+from fastbert.data.curriculum import Curriculum
 from fastbert.data.plan import Planner
 from fastbert.data.regions import Part
 from fastbert.data.stream import Position, StreamConfig
@@ -55,6 +57,8 @@ class Loader:
             rank that is one short gets an empty one.
         workers: processes that write batches; 0 for a thread of this process.
         replay: older text, as for `Planner`.
+        curriculum: how length and `group` change; None for the same throughout. The first step at
+            full length begins the next epoch: at another length the text is cut elsewhere.
 
     Attributes:
         waited_s: seconds the caller has waited for batches.
@@ -73,11 +77,17 @@ class Loader:
         ranks: int = 1,
         workers: int = 0,
         replay: Sequence[Part] = (),
+        curriculum: Curriculum | None = None,
     ) -> None:
         if workers < 0:
             raise InputError(f"--loader-workers must be at least 0, got {workers}")
-        self.planner = Planner(parts, tokenizer, config, replay)
-        self.group, self.rank, self.ranks = group, rank, ranks
+        self.curriculum = curriculum or Curriculum(config.max_seq_len, group)
+        self.config, self.rank, self.ranks = config, rank, ranks
+        lengths = {self.curriculum.seq_len_at(step), config.max_seq_len}
+        self._planners = {
+            length: Planner(parts, tokenizer, replace(config, max_seq_len=length), replay)
+            for length in lengths
+        }
         self.waited_s = 0.0
         ids = [part.corpus.ids for part in (*parts, *replay)]
         self._writer = Writer(ids, Vocabulary.of(tokenizer), config)
@@ -127,34 +137,44 @@ class Loader:
             self._put(error)
 
     def _batches(self, dealt: Iterator[Planned]) -> Iterator[tuple[PackedBatch, Position]]:
-        planned = together(dealt, batches_together(self.planner.config))
+        planned = together(dealt, batches_together(self.config))
         if self._pool is None:
             for several in planned:
-                yield from lay_out(self._writer(several), several, self.planner)
+                yield from self._laid_out(self._writer(several), several)
             return
         waiting: deque[tuple[Future[Examples], Planned]] = deque()
         for several in planned:
             waiting.append((self._pool.submit(write, several), several))
             if len(waiting) >= self._ahead:
                 written, first = waiting.popleft()
-                yield from lay_out(written.result(), first, self.planner)
+                yield from self._laid_out(written.result(), first)
+
+    def _laid_out(
+        self, examples: Examples, planned: Planned
+    ) -> Iterator[tuple[PackedBatch, Position]]:
+        return lay_out(examples, planned, self._planners[planned.max_seq_len])
 
     def _dealt(self, position: Position, step: int) -> Iterator[Planned]:
         """This rank's share of every group."""
-        config = self.planner.config
-        batches = self.planner.from_position(position)
-        share = -(-self.group // self.ranks)
+        length, batches = 0, None
         for number in itertools.count(step):
-            probability = config.mask_probability_at(number)
-            group = [next(batches) for _ in range(self.group)]
-            after = group[-1][2]
+            if self.curriculum.seq_len_at(number) != length:
+                length = self.curriculum.seq_len_at(number)
+                if number and number == self.curriculum.longer_at:
+                    position = Position(position.epoch + 1)
+                batches = self._planners[length].from_position(position)
+            assert batches is not None
+            probability = self.config.mask_probability_at(number)
+            size = self.curriculum.accumulation_at(number)
+            group = [next(batches) for _ in range(size)]
+            position = group[-1][2]
             own = group[self.rank :: self.ranks]
             for samples, draws, _ in own:
-                yield Planned.alone(samples, draws, probability, after)
-            for _ in range(share - len(own)):
+                yield Planned.alone(samples, draws, probability, length, position)
+            for _ in range(-(-size // self.ranks) - len(own)):
                 samples, draws, _ = group[0]
                 nothing = samples[np.zeros(0, dtype=np.int64)]
-                yield Planned.alone(nothing, draws, probability, after)
+                yield Planned.alone(nothing, draws, probability, length, position)
 
     def _put(self, item: tuple[PackedBatch, Position] | BaseException) -> None:
         while not self._closed.is_set():
@@ -172,7 +192,7 @@ def one_pass(
     planner = Planner(parts, tokenizer, config)
     writer = Writer([part.corpus.ids for part in parts], Vocabulary.of(tokenizer), config)
     dealt = (
-        Planned.alone(samples, draws, config.mask_probability, Position())
+        Planned.alone(samples, draws, config.mask_probability, config.max_seq_len, Position())
         for samples, draws in planner.epoch()
     )
     return [

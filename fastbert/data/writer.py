@@ -27,7 +27,7 @@ class Planned:
         samples: of all of them, one batch after another.
         edges: [batches + 1] int64, where each begins among the samples.
         draws: of their seed and epoch.
-        mask_probability: of their optimiser steps.
+        mask_probability, max_seq_len: of their optimiser steps.
         after: the position once each one's group is done.
     """
 
@@ -35,15 +35,21 @@ class Planned:
     edges: np.ndarray
     draws: Draws
     mask_probability: float
+    max_seq_len: int
     after: tuple[Position, ...]
 
     @classmethod
     def alone(
-        cls, samples: Samples, draws: Draws, mask_probability: float, after: Position
+        cls,
+        samples: Samples,
+        draws: Draws,
+        mask_probability: float,
+        max_seq_len: int,
+        after: Position,
     ) -> Planned:
         """One batch."""
         edges = np.array([0, len(samples)], dtype=np.int64)
-        return cls(samples, edges, draws, mask_probability, (after,))
+        return cls(samples, edges, draws, mask_probability, max_seq_len, (after,))
 
     @classmethod
     def join(cls, several: Sequence[Planned]) -> Planned:
@@ -60,7 +66,11 @@ class Planned:
 
     def goes_with(self, other: Planned) -> bool:
         """Whether both are drawn alike."""
-        return self.draws.key == other.draws.key and self.mask_probability == other.mask_probability
+        return self._manner == other._manner
+
+    @property
+    def _manner(self) -> tuple[float, ...]:
+        return self.draws.key, self.mask_probability, self.max_seq_len
 
 
 def batches_together(config: StreamConfig) -> int:

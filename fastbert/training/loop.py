@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastbert.data.curriculum import Curriculum
 from fastbert.data.stream import Position
 from fastbert.errors import InputError
 from fastbert.kernels import ops
@@ -70,6 +71,8 @@ class LoopConfig:
     warmup: float = 0.06
     # micro-batches an optimiser step
     accumulation: int = 1
+    # how that grows over the run; None for the same throughout
+    curriculum: Curriculum | None = None
     # gradient norm above which gradients are scaled down; 0 for never
     clip_norm: float = 1.0
     # dropout as the model's configuration has it
@@ -80,6 +83,8 @@ class LoopConfig:
     cuda_graph: bool = False
     evaluate_minutes: float = 5.0
     checkpoint_minutes: float = 5.0
+    # newest checkpoints that stay
+    keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -92,6 +97,10 @@ class LoopConfig:
             raise InputError(f"--warmup must be in [0, 1), got {self.warmup}")
         if self.accumulation < 1:
             raise InputError(f"--accumulation must be at least 1, got {self.accumulation}")
+
+    def accumulation_at(self, group: int) -> int:
+        """Micro-batches of the optimiser step that takes the text's batches as number `group`."""
+        return self.curriculum.accumulation_at(group) if self.curriculum else self.accumulation
 
 
 class Interruption:
@@ -231,13 +240,18 @@ def train(
     """
     ranks = ranks or Ranks()
     run = run or training_step(model, optimizers, config, ranks)
-    share = -(-config.accumulation // ranks.count)
     started = time.monotonic() - state.seconds
     evaluated = saved = state.seconds
     if guard is not None:
         guard.begin(state)
+
+    def save(wait: bool) -> None:
+        kept = config.keep_checkpoints
+        save_checkpoint(folder, state, model, optimizers, wait=wait, keeper=guard, kept=kept)
+
     with Interruption() as interruption:
         while config.budget.progress(state.step, state.seconds) < 1.0:
+            share = -(-config.accumulation_at(state.groups) // ranks.count)
             window = list(islice(batches, share))
             if not window:
                 break
@@ -255,10 +269,12 @@ def train(
             if isinstance(run, TrainingStep) and ranks.count > 1:
                 result = run(micro_batches, rng, factor, agreed.targets)
                 result.tokens, result.targets = agreed.tokens, agreed.targets
+                result.slots *= ranks.count
             else:
                 result = run(micro_batches, rng, factor)
             state.step += 1
             state.tokens += result.tokens
+            state.slots += result.slots
             state.position = window[-1][1]
             state.seconds = agreed.seconds if ranks.count > 1 else time.monotonic() - started
             meter.step(state, result, optimizers.learning_rate(), config.budget)
@@ -277,7 +293,7 @@ def train(
             _refuse_non_finite(meter, state, 1 if about_to_save else MOST_SKIPPED)
             if stop:
                 if ranks.first:
-                    save_checkpoint(folder, state, model, optimizers, keeper=guard)
+                    save(wait=True)
                 return False
             evaluation_due = state.seconds - evaluated >= 60.0 * config.evaluate_minutes
             if evaluate and ranks.first and evaluation_due:
@@ -286,7 +302,7 @@ def train(
                 evaluated = state.seconds = time.monotonic() - started
             if checkpoint_due and ranks.first:
                 with meter.paused():
-                    save_checkpoint(folder, state, model, optimizers, wait=False, keeper=guard)
+                    save(wait=False)
                 saved = state.seconds = time.monotonic() - started
     meter.flush(state, optimizers.learning_rate(), config.budget)
     _refuse_non_finite(meter, state, 1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.errors import InputError
+from fastbert.training.weight_average import WeightAverage
 from fastbert.training.lamb import Lamb
 from fastbert.training.loss_scale import LossScale
 from fastbert.training.muon import Muon
@@ -17,7 +18,7 @@ from fastbert.training.stable_adamw import StableAdamW
 OPTIMIZERS = ("adamw", "muon", "lamb", "stable-adamw")
 # those whose step never asks the device: a CUDA graph can hold it
 CAPTURABLE = ("adamw", "muon")
-_LOSS_SCALE = "loss_scale"
+_LOSS_SCALE, _AVERAGE = "loss_scale", "average:"
 # an embedding's rows and a classifier's outputs are no map between hidden states
 _NOT_HIDDEN = ("embeddings.", "next_sentence.", "classifier.", "span.", "head.")
 
@@ -56,6 +57,7 @@ class Optimizers:
             for 1 throughout.
 
     Attributes:
+        average: a running mean of the weights, for runs that keep one.
         loss_scale: by which losses were multiplied before their backward pass; None for 1.
 
     Raises:
@@ -100,6 +102,7 @@ class Optimizers:
             self.optimizers.append(Muon(of_muon, muon_learning_rate, weight_decay))
         self._assert_covered(model)
         self.loss_scale: LossScale | None = None
+        self.average: WeightAverage | None = None
         self._groups = [group for o in self.optimizers for group in o.param_groups]
         self._peaks = [group["lr"] for group in self._groups]
         self._rates = torch.zeros(len(self._peaks), device=device)
@@ -160,6 +163,8 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
         if self.loss_scale is not None:
             self.loss_scale.update(found_inf)
+        if self.average is not None:
+            self.average.update(found_inf)
         return Update(found_inf, norm)
 
     def learning_rate(self) -> float:
@@ -167,7 +172,8 @@ class Optimizers:
         return float(self._peaks[0] * self._factor)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Moments and counters by parameter, as "parameter/entry"; the loss scale likewise."""
+        """Moments and counters by parameter, as "parameter/entry"; the loss scale likewise, and
+        the running mean of the weights as "average:parameter"."""
         tensors = {
             f"{self.names[parameter]}/{entry}": value
             for optimizer in self.optimizers
@@ -175,7 +181,12 @@ class Optimizers:
             for entry, value in entries.items()
         }
         scale = {} if self.loss_scale is None else self.loss_scale.state_tensors()
-        return tensors | {f"{_LOSS_SCALE}/{name}": value for name, value in scale.items()}
+        mean = {} if self.average is None else self.average.state_tensors()
+        return (
+            tensors
+            | {f"{_LOSS_SCALE}/{name}": value for name, value in scale.items()}
+            | {f"{_AVERAGE}{name}": value for name, value in mean.items()}
+        )
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state_tensors`.
@@ -183,6 +194,12 @@ class Optimizers:
         Raises:
             ValueError: a tensor belongs to no parameter, or has another shape than its own.
         """
+        mean = {key: value for key, value in tensors.items() if key.startswith(_AVERAGE)}
+        tensors = {key: value for key, value in tensors.items() if key not in mean}
+        if self.average is not None:
+            self.average.load_state_tensors(
+                {key.removeprefix(_AVERAGE): value for key, value in mean.items()}
+            )
         entries: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             name, _, entry = key.rpartition("/")

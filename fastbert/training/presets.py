@@ -25,7 +25,8 @@ class Preset:
 
 PRESETS = {
     "bert-original": Preset(
-        "Devlin et al. 2018, arXiv:1810.04805, appendix A.2: 256 sequences of 512, 1M steps; "
+        "Devlin et al. 2018, arXiv:1810.04805, appendix A.2: 256 sequences, of 128 for 90 % of 1M "
+        "steps and of 512 for the rest; "
         "clipping at 1 as in google-research/bert, optimization.py",
         {
             "size": "base",
@@ -41,8 +42,11 @@ PRESETS = {
             "max_seq_len": 512,
             "token_budget": 16384,
             "accumulation": 8,
+            "first_seq_len": 128,
+            "first_accumulation": 2,
+            "first_share": 0.9,
         },
-        "90 % of the published steps are at length 128",
+        "",
         1_000_000,
     ),
     "roberta": Preset(
@@ -130,9 +134,12 @@ PRESETS = {
             "max_seq_len": 128,
             "token_budget": 16384,
             "accumulation": 64,
+            "first_accumulation": 1,
+            # 60 % of the tokens
+            "ramp_share": 0.75,
         },
-        "the batch is not ramped here; the published rate starts at a quarter of its peak, here "
-        "at 0",
+        "the published rate starts at a quarter of its peak, here at 0; under a budget of time the "
+        "batch is not ramped here",
     ),
     "mosaicbert": Preset(
         "Portes et al. 2023, arXiv:2312.17482, as in mosaicml/examples (benchmarks/bert, "
@@ -159,8 +166,8 @@ PRESETS = {
     ),
     "modernbert": Preset(
         "Warner et al. 2024, arXiv:2412.13663, table 3 (base), and the authors' "
-        "modernbert-base-pretrain.yaml: 4,608 sequences of 1,024, 1,719B tokens, 3B of warm-up, "
-        "StableAdamW, 30 % masked",
+        "modernbert-base-pretrain.yaml: 4,608 sequences of 1,024, at the start 96 a GPU and more "
+        "over 50B tokens, of 1,719B; 3B of warm-up, StableAdamW, 30 % masked",
         {
             "size": "base",
             "objective": "mlm",
@@ -176,8 +183,11 @@ PRESETS = {
             "max_seq_len": 1024,
             "token_budget": 32768,
             "accumulation": 144,
+            "first_accumulation": 24,
+            # 50B tokens
+            "ramp_share": 0.049,
         },
-        "the batch is not ramped here and length stays 1,024; the plateau there lasts to the end "
+        "length stays 1,024; the plateau there lasts to the end "
         "of 1,719B tokens, and 50B of decay follow those of longer context; here the last 40 % "
         "decay; attention's output is dropped out at 0.1 there",
     ),

@@ -101,7 +101,8 @@ def _pretrain(
     finished = Path(config.out) / REPORT_FILE
     if resume and finished.is_file():
         say(f"{config.out}: the run is finished, there is nothing to resume")
-        remove_checkpoints(Path(config.out))
+        if not config.keep_checkpoints:
+            remove_checkpoints(Path(config.out))
         done: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
         return done
     tokenizer = Tokenizer.from_pretrained(tokenizer_path)
@@ -129,7 +130,7 @@ def _pretrain(
             stream_config,
             state.position,
             step=state.groups,
-            group=config.accumulation,
+            curriculum=config.curriculum(),
             rank=ranks.rank,
             ranks=ranks.count,
             workers=config.loader_workers,
@@ -144,7 +145,8 @@ def _pretrain(
         if report:
             # only now: without them and without a report the run would begin anew
             write_report(folder, report)
-            remove_checkpoints(folder)
+            if not config.keep_checkpoints:
+                remove_checkpoints(folder)
         else:
             say("to go on: the same command with --resume")
     return report

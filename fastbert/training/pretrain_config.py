@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import torch
 
 from fastbert.config import EncoderConfig
+from fastbert.data.curriculum import Curriculum
 from fastbert.data.masking import STYLES
 from fastbert.data.objectives import Objective
 from fastbert.data.stream import StreamConfig
@@ -51,6 +53,22 @@ class PretrainConfig:
         default="token", metadata={"help": "what is predicted as one: " + ", ".join(STYLES)}
     )
     accumulation: int = field(default=1, metadata={"help": "batches an optimiser step"})
+    first_seq_len: int | None = field(
+        default=None, metadata={"help": "--max-seq-len for the first steps, --first-share of all"}
+    )
+    first_share: float = field(
+        default=0.9, metadata={"help": "of the steps at --first-seq-len and --first-accumulation"}
+    )
+    first_accumulation: int | None = field(
+        default=None, metadata={"help": "--accumulation for the first steps"}
+    )
+    ramp_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "of the steps in which batches grow straight from --first-accumulation; "
+            "0 for a jump after --first-share"
+        },
+    )
     optimizer: str = field(
         default="muon",
         metadata={"help": "muon (with adamw for the rest), adamw, lamb or stable-adamw"},
@@ -63,6 +81,16 @@ class PretrainConfig:
     weight_decay: float = field(default=0.01, metadata={"help": "of matrices and embeddings"})
     clip_norm: float = field(
         default=1.0, metadata={"help": "gradient norm that is scaled down to; 0 for never"}
+    )
+    layer_decay: float = field(
+        default=1.0, metadata={"help": "learning rate of a layer over that of the one above"}
+    )
+    ema: float = field(
+        default=0.0,
+        metadata={
+            "help": "decay of a running mean of the weights, such as 0.999, which is scored and "
+            "saved in their place; 0 for none"
+        },
     )
     spike_sigma: float = field(
         default=10.0,
@@ -98,6 +126,16 @@ class PretrainConfig:
     heldout: float = field(default=0.02, metadata={"help": "share of documents to score on"})
     evaluate_minutes: float = field(default=5.0, metadata={"help": "between held-out scores"})
     checkpoint_minutes: float = field(default=5.0, metadata={"help": "between checkpoints"})
+    keep_checkpoints: int = field(
+        default=0,
+        metadata={
+            "help": "newest checkpoints to keep, in a finished run too, for `fastbert average`; "
+            "0 for two while it runs"
+        },
+    )
+    keep_best: bool = field(
+        default=False, metadata={"help": "also keep the model of the best held-out loss, in best/"}
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -119,6 +157,12 @@ class PretrainConfig:
             raise InputError(f"--weight-decay must be at least 0, got {self.weight_decay}")
         if not 0.0 <= self.replay_share < 1.0:
             raise InputError(f"--replay-share must be in [0, 1), got {self.replay_share}")
+        if not 0.0 < self.layer_decay <= 1.0:
+            raise InputError(f"--layer-decay must be in (0, 1], got {self.layer_decay}")
+        if self.keep_checkpoints < 0:
+            raise InputError(f"--keep-checkpoints must be at least 0, got {self.keep_checkpoints}")
+        if not 0.0 <= self.ema < 1.0:
+            raise InputError(f"--ema must be in [0, 1), got {self.ema}")
         if self.spike_sigma < 0.0:
             raise InputError(f"--spike-sigma must be at least 0, got {self.spike_sigma}")
         if self.spike_steps < 1:
@@ -139,6 +183,7 @@ class PretrainConfig:
             schedule=self.schedule,
             warmup=self.warmup,
             accumulation=self.accumulation,
+            curriculum=self.curriculum(),
             clip_norm=self.clip_norm,
             dropout=self.dropout > 0.0,
             seed=self.seed,
@@ -146,7 +191,27 @@ class PretrainConfig:
             cuda_graph=self.cuda_graph,
             evaluate_minutes=self.evaluate_minutes,
             checkpoint_minutes=self.checkpoint_minutes,
+            keep_checkpoints=self.keep_checkpoints,
         )
+
+    def curriculum(self) -> Curriculum:
+        """How sequence length and batch grow."""
+        return Curriculum(
+            max_seq_len=self.max_seq_len,
+            accumulation=self.accumulation,
+            steps=self.max_steps,
+            first_seq_len=self.first_seq_len,
+            first_accumulation=self.first_accumulation,
+            first_share=self.first_share,
+            ramp_share=self.ramp_share,
+        )
+
+    @property
+    def tokens_a_step(self) -> int:
+        """Token slots an optimiser step, in the mean of the run."""
+        # growth is told in shares of the run, whatever its steps
+        curriculum = dataclasses.replace(self, max_steps=1).curriculum()
+        return round(self.token_budget * curriculum.mean_accumulation)
 
     def stream(self, device: torch.device) -> StreamConfig:
         """How text becomes batches."""

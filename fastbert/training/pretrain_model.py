@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch import nn
 
 from fastbert.config import EncoderConfig, refuse_foreign_tokenizer
 from fastbert.data.objectives import Objective
 from fastbert.errors import InputError
 from fastbert.models import BertForMaskedLM, BertForPreTraining, resolve_model
+from fastbert.training.weight_average import WeightAverage
+from fastbert.training.methods import layer_rates
 from fastbert.training.optimizer import Optimizers
 from fastbert.training.pretrain_config import PretrainConfig
 from fastbert.training.pretrain_text import Text
@@ -47,13 +48,19 @@ def build_model(config: PretrainConfig, text: Text) -> BertForPreTraining | Bert
     return architecture.from_pretrained(folder, config=changed, new_heads=True, seed=config.seed)
 
 
-def build_optimizers(model: nn.Module, config: PretrainConfig) -> Optimizers:
+def build_optimizers(
+    model: BertForPreTraining | BertForMaskedLM, config: PretrainConfig
+) -> Optimizers:
     """As the settings say."""
-    return Optimizers(
+    optimizers = Optimizers(
         model,
         config.optimizer,
         learning_rate=config.learning_rate,
         muon_learning_rate=config.muon_learning_rate,
         weight_decay=config.weight_decay,
         beta2=config.beta2,
+        rate_factor=layer_rates(model.config.num_hidden_layers, config.layer_decay),
     )
+    if config.ema:
+        optimizers.average = WeightAverage(model, config.ema)
+    return optimizers

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from fastbert.training.pretrain_text import Text
 from fastbert.training.spikes import SpikeGuard
 from fastbert.training.state import TrainState, load_checkpoint, save_checkpoint
 
-MODEL_FOLDER, REPORT_FILE = "model", "report.json"
+MODEL_FOLDER, BEST_FOLDER, REPORT_FILE = "model", "best", "report.json"
 
 
 def pretrain_on(
@@ -69,12 +70,27 @@ def pretrain_on(
         f"{config.token_budget * config.accumulation:,} tokens a step"
     )
 
-    def evaluate() -> dict[str, float]:
+    def scores() -> dict[str, float]:
         return {
             f"{name}{figure}": value
             for name, batches in text.scored.items()
             for figure, value in evaluate_pretraining(model, batches, dtype).items()
         }
+
+    def save(name: str) -> None:
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name, model_max_length=config.max_seq_len)
+        stream_config.objective.save(folder / name, config.max_seq_len)
+
+    def evaluate() -> dict[str, float]:
+        # what is scored is what is saved
+        with optimizers.average.applied() if optimizers.average else nullcontext():
+            figures = scores()
+            best = state.best.get("mlm_loss", math.inf)
+            if config.keep_best and figures["mlm_loss"] < best:
+                save(BEST_FOLDER)
+                state.best = {"mlm_loss": figures["mlm_loss"], "step": state.step}
+        return figures
 
     if config.model is not None and not state.step and ranks.first:
         # what the weights know before they see this text
@@ -99,15 +115,17 @@ def pretrain_on(
         return {}
     if not ranks.first:
         return {}
-    save_checkpoint(folder, state, model, optimizers, keeper=guard)
+    save_checkpoint(folder, state, model, optimizers, keeper=guard, kept=config.keep_checkpoints)
     figures = evaluate()
     meter.evaluation(state, figures)
     unigram = unigram_loss(text.scored[""], text.log_probabilities)
-    model.save_pretrained(folder / MODEL_FOLDER)
-    tokenizer.save_pretrained(folder / MODEL_FOLDER, model_max_length=config.max_seq_len)
-    stream_config.objective.save(folder / MODEL_FOLDER, config.max_seq_len)
+    own = scores()["mlm_loss"] if optimizers.average else None
+    with optimizers.average.applied() if optimizers.average else nullcontext():
+        save(MODEL_FOLDER)
     report = {
         **{f"{name}_heldout": value for name, value in figures.items()},
+        **({} if own is None else {"mlm_loss_heldout_without_ema": own}),
+        **{f"best_{name}": value for name, value in state.best.items()},
         "unigram_loss_heldout": unigram,
         "steps": state.step,
         "tokens": state.tokens,
@@ -116,9 +134,7 @@ def pretrain_on(
         "real_tokens_per_s": round(
             (state.tokens - before[0]) / max(state.seconds - before[1], 1e-9), 1
         ),
-        "packing_efficiency": round(
-            state.tokens / (state.step * config.token_budget * config.accumulation), 4
-        ),
+        "packing_efficiency": round(state.tokens / state.slots, 4),
     }
     title = f"fastbert {config.size}, {stream_config.objective}: {state.tokens:,} tokens"
     picture = draw_curves(folder, title, baseline=unigram)
@@ -147,7 +163,16 @@ def _summary(report: dict[str, Any], objective: str, folder: Path, picture: Path
             f"held out of --replay: masked-LM loss {report['replay_mlm_loss_heldout']:.3f} nats, "
             f"masked accuracy {report['replay_masked_accuracy_heldout']:.1%}"
         )
+    if "mlm_loss_heldout_without_ema" in report:
+        lines.append(
+            f"without --ema: masked-LM loss {report['mlm_loss_heldout_without_ema']:.3f} nats"
+        )
     lines.append(f"model in {folder / MODEL_FOLDER}")
+    if "best_step" in report:
+        lines.append(
+            f"best held-out loss {report['best_mlm_loss']:.3f} nats, at step "
+            f"{report['best_step']}: model in {folder / BEST_FOLDER}"
+        )
     if picture is None:
         lines.append("no curves.png: matplotlib is not installed (pip install 'fastbert[plot]')")
     return "\n".join(lines)

@@ -11,11 +11,19 @@ from fastbert.models import Targets
 
 @dataclass
 class StepResult:
-    """What one optimiser step reports; sums stay on the device until somebody reads them."""
+    """What one optimiser step reports; sums stay on the device until somebody reads them.
+
+    Attributes:
+        tokens: real ones.
+        targets: of every objective.
+        sums: over targets, by name.
+        slots: tokens that there was room for.
+    """
 
     tokens: int
     targets: Targets
     sums: dict[str, Tensor] = field(default_factory=dict)
+    slots: int = 0
 
     def add(self, name: str, value: Tensor | None) -> None:
         """Add a sum over targets."""

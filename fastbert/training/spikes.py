@@ -37,6 +37,8 @@ FEWEST, WEIGHT = 50, 0.02
 LEAST_RELATIVE, LEAST_LOG = 0.01, 0.05
 # times a run goes back to one copy; a spike after them is no matter of batches
 MOST_ROLLBACKS = 3
+# what of a run's state goes back with its weights
+_COUNTED = ("step", "tokens", "slots")
 
 
 @dataclass
@@ -211,7 +213,8 @@ class SpikeGuard:
                 tensor.zero_() if kept is None else tensor.copy_(kept)
         span = {"from_step": self._copied["step"] + 1, "to_step": state.step}
         state.left_out += state.step - self._copied["step"]
-        state.step, state.tokens = self._copied["step"], self._copied["tokens"]
+        for name in _COUNTED:
+            setattr(state, name, self._copied[name])
         state.rollbacks.append(span)
         self.levels = Levels.of(self._copied["levels"])
         self._unread.clear()
@@ -255,8 +258,7 @@ class SpikeGuard:
         # a new copy each time: the last one may be on its way to a checkpoint
         self._copy = {name: _to_host(tensor) for name, tensor in self._tensors().items()}
         self._copied = {
-            "step": state.step,
-            "tokens": state.tokens,
+            **{name: getattr(state, name) for name in _COUNTED},
             "levels": dataclasses.asdict(self.levels),
         }
 

@@ -40,6 +40,7 @@ class TrainState:
     Attributes:
         step: optimiser steps done.
         tokens: real tokens seen.
+        slots: tokens that their batches had room for.
         seconds: on the run's clock.
         position: the batch that comes next.
         corpus: checksum of text and vocabulary, for runs that know it.
@@ -54,6 +55,7 @@ class TrainState:
     position: Position = field(default_factory=Position)
     corpus: str = ""
     best: dict[str, Any] = field(default_factory=dict)
+    slots: int = 0
     left_out: int = 0
     rollbacks: list[dict[str, int]] = field(default_factory=list)
 
@@ -129,6 +131,7 @@ def save_checkpoint(
     *,
     wait: bool = True,
     keeper: Keeper | None = None,
+    kept: int = KEPT,
 ) -> None:
     """Write `checkpoints/step-N`; of those before it the newest stays, should this one be damaged.
 
@@ -138,6 +141,7 @@ def save_checkpoint(
         wait: return when it is on disk; else a thread writes copies made now, and a failure is
             raised by the next call.
         keeper: is written too.
+        kept: newest checkpoints that stay, this one among them; at least 2, should it be damaged.
 
     Raises:
         InputError: it could not be written; earlier checkpoints are untouched.
@@ -153,13 +157,13 @@ def save_checkpoint(
         raw[_KEEPER] = keeper.raw()
         tensors[f"{_KEEPER}.safetensors"] = keeper.state_tensors()
     if wait:
-        _write_checkpoint(target, raw, tensors)
+        _write_checkpoint(target, raw, tensors, kept)
         return
     copies = {
         name: {key: value.detach().to("cpu", copy=True) for key, value in own.items()}
         for name, own in tensors.items()
     }
-    _Background(target, raw, copies).start()
+    _Background(target, raw, copies, kept).start()
 
 
 def finish_checkpoint() -> None:
@@ -180,10 +184,14 @@ class _Background(threading.Thread):
     """Writes one checkpoint; the process does not end before it has."""
 
     def __init__(
-        self, target: Path, raw: dict[str, Any], tensors: dict[str, dict[str, Tensor]]
+        self,
+        target: Path,
+        raw: dict[str, Any],
+        tensors: dict[str, dict[str, Tensor]],
+        kept: int,
     ) -> None:
         super().__init__(name="checkpoint")
-        self.arguments = (target, raw, tensors)
+        self.arguments = (target, raw, tensors, kept)
         self.failure: InputError | None = None
 
     def start(self) -> None:
@@ -202,7 +210,7 @@ _writing: _Background | None = None
 
 
 def _write_checkpoint(
-    target: Path, raw: dict[str, Any], tensors: dict[str, dict[str, Tensor]]
+    target: Path, raw: dict[str, Any], tensors: dict[str, dict[str, Tensor]], kept: int
 ) -> None:
     partial = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
@@ -222,7 +230,7 @@ def _write_checkpoint(
         raise writing_failed(target, _as_os_error(error)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for older in _checkpoints(target.parent.parent)[:-KEPT]:
+    for older in checkpoints(target.parent.parent)[: -max(kept, KEPT)]:
         shutil.rmtree(older, ignore_errors=True)
 
 
@@ -244,7 +252,7 @@ def load_checkpoint(
     """
     finish_checkpoint()
     failures: list[InputError] = []
-    for path in reversed(_checkpoints(folder)):
+    for path in reversed(checkpoints(folder)):
         try:
             state = _read_checkpoint(path, model, optimizers, keeper)
         except InputError as failure:
@@ -252,7 +260,7 @@ def load_checkpoint(
             continue
         for found in failures:
             say(f"{found}; going back to step {state.step}")
-        for damaged in _checkpoints(folder)[::-1][: len(failures)]:
+        for damaged in checkpoints(folder)[::-1][: len(failures)]:
             # its name is wanted once this step comes again
             damaged.rename(_free_name(damaged.with_name(f"damaged-{damaged.name}")))
         return state
@@ -291,6 +299,22 @@ def _read_checkpoint(
         raise InputError(f"{path}: damaged checkpoint: {reason}") from None
 
 
+def checkpoint_weights(path: Path) -> dict[str, Tensor]:
+    """The model's weights of one of `checkpoints`.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        raw = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        if raw["files"][_MODEL] != _checksum(path / _MODEL):
+            raise ValueError(f"{_MODEL} does not fit its checksum")
+        return load_file(path / _MODEL)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: damaged checkpoint: {reason}") from None
+
+
 def remove_checkpoints(folder: Path) -> None:
     """Drop the checkpoints of a finished run."""
     finish_checkpoint()
@@ -320,7 +344,8 @@ def _check_same(folder: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoints(folder: Path) -> list[Path]:
+    """Those of a run, from old to new."""
     parent = folder / CHECKPOINTS
     if not parent.is_dir():
         return []

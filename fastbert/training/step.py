@@ -285,7 +285,8 @@ class CapturedStep:
 
 def _result(micro_batches: list[PackedBatch], sums: dict[str, Tensor]) -> StepResult:
     tokens = sum(batch.num_tokens for batch in micro_batches)
-    return StepResult(tokens, Targets.of(*micro_batches), sums)
+    slots = sum(batch.capacity for batch in micro_batches)
+    return StepResult(tokens, Targets.of(*micro_batches), sums, slots)
 
 
 def _state(rng: Rng, numbers: range) -> Tensor:
