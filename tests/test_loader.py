@@ -42,7 +42,7 @@ def batches(position: Position | None = None, count: int = 8, config=CONFIG, **d
 
 
 def planned(samples: Samples, draws: Draws) -> Planned:
-    return Planned.alone(samples, draws, CONFIG.mask_probability, Position())
+    return Planned.alone(samples, draws, CONFIG.mask_probability, CONFIG.max_seq_len, Position())
 
 
 def same(left: PackedBatch, right: PackedBatch) -> bool:

@@ -83,19 +83,18 @@ def same(left: Path, right: Path) -> bool:
 def test_a_growing_run_is_the_same_however_often_it_stops(
     grown, text, stops, tmp_path, monkeypatch
 ):
-    original, taken = Loader.__next__, [0]
+    original, left = Loader.__next__, [0]
 
     def stopping(self):
-        taken[0] += 1
-        if taken[0] == stop:
+        left[0] -= 1
+        if left[0] == 0:
             os.kill(os.getpid(), signal.SIGINT)
         return original(self)
 
+    monkeypatch.setattr(Loader, "__next__", stopping)
     for number, stop in enumerate(stops):
-        taken[0] = 0
-        monkeypatch.setattr(Loader, "__next__", stopping)
+        left[0] = stop
         assert go(text, tmp_path / "run", resume=number > 0, **GROWING) == {}
-        monkeypatch.setattr(Loader, "__next__", original)
     report = go(text, tmp_path / "run", resume=True, **GROWING)
     assert same(grown / "model", tmp_path / "run" / "model")
     ours = json.loads((grown / "report.json").read_text())

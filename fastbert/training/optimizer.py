@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.errors import InputError
-from fastbert.training.weight_average import WeightAverage
 from fastbert.training.lamb import Lamb
 from fastbert.training.loss_scale import LossScale
 from fastbert.training.muon import Muon
 from fastbert.training.stable_adamw import StableAdamW
+from fastbert.training.weight_average import WeightAverage
 
 OPTIMIZERS = ("adamw", "muon", "lamb", "stable-adamw")
 # those whose step never asks the device: a CUDA graph can hold it

@@ -10,11 +10,11 @@ from fastbert.config import EncoderConfig, refuse_foreign_tokenizer
 from fastbert.data.objectives import Objective
 from fastbert.errors import InputError
 from fastbert.models import BertForMaskedLM, BertForPreTraining, resolve_model
-from fastbert.training.weight_average import WeightAverage
 from fastbert.training.methods import layer_rates
 from fastbert.training.optimizer import Optimizers
 from fastbert.training.pretrain_config import PretrainConfig
 from fastbert.training.pretrain_text import Text
+from fastbert.training.weight_average import WeightAverage
 
 
 def build_model(config: PretrainConfig, text: Text) -> BertForPreTraining | BertForMaskedLM:
