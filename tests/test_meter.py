@@ -72,12 +72,14 @@ def test_records_are_means_over_the_targets_since_the_last(tmp_path, clock):
     assert len(read_metrics(tmp_path)) == 1
     take(meter, state, clock, 1.0, result(9.0, masked=8))
     first, second = read_metrics(tmp_path)
+    assert first.pop("memory_gib") > 0.0
     assert first == {
         "step": 1,
         "tokens": 100,
         "seconds": 1.0,
         "learning_rate": 0.25,
         "tokens_per_s": 100.0,
+        "left_s": 9.0,
         "masked_lm_loss": 2.0,
         "masked_lm_accuracy": 0.25,
         "sequence_loss": 1.5,
@@ -86,6 +88,24 @@ def test_records_are_means_over_the_targets_since_the_last(tmp_path, clock):
     assert second["step"] == 3 and second["tokens_per_s"] == 100.0
     assert second["masked_lm_loss"] == meter.last_loss == 1.5
     assert "sequence_loss" not in second
+
+
+def test_room_time_and_device_are_accounted_for(tmp_path, clock):
+    meter = Meter(tmp_path, "train", shown := io.StringIO(), peak=4e12)
+    state = TrainState()
+    steps = [result(8.0), result(8.0), result(8.0)]
+    for step, waited_s in zip(steps, (0.5, 0.0, 0.25), strict=True):
+        step.slots, step.operations, step.waited_s = 128, 1e12, waited_s
+        take(meter, state, clock, 1.0, step)
+    first, second = read_metrics(tmp_path)
+    assert first["packing"] == round(100 / 128, 4) == second["packing"]
+    # the second record holds two steps of a second each
+    assert (first["loader_stall"], second["loader_stall"]) == (0.5, 0.125)
+    assert first["tflop_per_s"] == second["tflop_per_s"] == 1.0
+    assert first["mfu"] == second["mfu"] == 0.25
+    assert (first["left_s"], second["left_s"]) == (9.0, 7.0)
+    line = shown.getvalue().splitlines()[0]
+    assert "MFU 25.0%" in line and "stalled 50%" in line and "9 left" in line
 
 
 def test_the_last_step_is_recorded(tmp_path, clock):

@@ -15,7 +15,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,12 +31,14 @@ from fastbert.models import Targets
 from fastbert.packing import PackedBatch
 from fastbert.training.loss_scale import LossScale
 from fastbert.training.meter import Meter
+from fastbert.training.operations import training_operations
 from fastbert.training.optimizer import Optimizers, refuse_capture
 from fastbert.training.parallel import Ranks
 from fastbert.training.schedule import SCHEDULES, Budget, learning_rate_factor
 from fastbert.training.spikes import SpikeGuard
 from fastbert.training.state import TrainState, save_checkpoint
 from fastbert.training.step import CapturedStep, TrainingStep, accumulate, autocast
+from fastbert.training.timed import Timed
 
 __all__ = [
     "DTYPES",
@@ -242,6 +243,7 @@ def train(
     run = run or training_step(model, optimizers, config, ranks)
     started = time.monotonic() - state.seconds
     evaluated = saved = state.seconds
+    timed = Timed(batches)
     if guard is not None:
         guard.begin(state)
 
@@ -252,7 +254,7 @@ def train(
     with Interruption() as interruption:
         while config.budget.progress(state.step, state.seconds) < 1.0:
             share = -(-config.accumulation_at(state.groups) // ranks.count)
-            window = list(islice(batches, share))
+            window = timed.take(share)
             if not window:
                 break
             rng = Rng(config.seed, state.step) if config.dropout else None
@@ -266,6 +268,7 @@ def train(
             # the middle of the step: no step runs at a rate of 0
             middle = config.budget.progress(state.step + 0.5, agreed.seconds)
             factor = learning_rate_factor(config.schedule, middle, config.warmup)
+            operations = training_operations(model.config, micro_batches)
             if isinstance(run, TrainingStep) and ranks.count > 1:
                 result = run(micro_batches, rng, factor, agreed.targets)
                 result.tokens, result.targets = agreed.tokens, agreed.targets
@@ -275,6 +278,9 @@ def train(
             state.step += 1
             state.tokens += result.tokens
             state.slots += result.slots
+            # other ranks' batches are as full as this one's
+            result.operations = operations * ranks.count
+            result.waited_s = timed.waited_s
             state.position = window[-1][1]
             state.seconds = agreed.seconds if ranks.count > 1 else time.monotonic() - started
             meter.step(state, result, optimizers.learning_rate(), config.budget)

@@ -8,11 +8,12 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from tqdm import tqdm
 
 from fastbert.files import atomic_write, writing_failed
@@ -20,12 +21,15 @@ from fastbert.training.result import StepResult
 from fastbert.training.schedule import Budget
 from fastbert.training.spikes import Spike
 from fastbert.training.state import TrainState
+from fastbert.training.trackers import Tracker, scalars
 
 METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
 # between two records; a plain log gets a line less often than the file
 RECORD_SECONDS, LINE_SECONDS = 2.0, 15.0
 # of a spike's samples; metrics.jsonl has them all
 SHOWN_SAMPLES = 8
+# share of the time waiting for batches from which a line tells it
+SHOWN_STALL = 0.01
 
 
 class Meter:
@@ -35,6 +39,8 @@ class Meter:
         folder: where metrics.jsonl goes; a resumed run appends.
         label: in front of the bar or line.
         stream: where to show; a bar on a terminal, plain lines elsewhere.
+        trackers: told of every record too.
+        peak: operations a second that the devices could do at most, for MFU; None where unknown.
 
     Attributes:
         last_loss: mean loss of the last record.
@@ -43,8 +49,16 @@ class Meter:
             since the start, and up to the last record's end.
     """
 
-    def __init__(self, folder: Path, label: str, stream: IO[str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        label: str,
+        stream: IO[str] | None = None,
+        trackers: Sequence[Tracker] = (),
+        peak: float | None = None,
+    ) -> None:
         self.folder, self.label = folder, label
+        self.trackers, self.peak = trackers, peak
         self.stream = stream or sys.stderr
         self.last_loss = self.step_loss = 0.0
         self.skipped = self.skipped_in_a_row = 0
@@ -69,6 +83,7 @@ class Meter:
             return
         now = time.monotonic()
         record = self._record(state, learning_rate, now - self._recorded)
+        record["left_s"] = round(_left(state, budget), 1)
         self._recorded = now
         self._write(record)
         done = budget.progress(state.step, state.seconds) >= 1.0
@@ -108,7 +123,9 @@ class Meter:
             tqdm.write(line, file=self.stream)
 
     def close(self) -> None:
-        """End the bar."""
+        """End the bar and the trackers."""
+        for tracker in self.trackers:
+            tracker.close()
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -138,6 +155,7 @@ class Meter:
         norms = [float(r.sums["gradient_norm"]) for r in results if "gradient_norm" in r.sums]
         if norms:
             record["gradient_norm"] = sum(norms) / len(norms)
+        record.update(_efficiency(results, max(seconds, 1e-9), self.peak))
         self._count_skipped(results)
         if self.skipped:
             record["skipped_steps"] = self.skipped
@@ -153,6 +171,9 @@ class Meter:
 
     def _write(self, record: dict[str, Any]) -> None:
         path = self.folder / METRICS_FILE
+        figures = dict(scalars(record, ""))
+        for tracker in self.trackers:
+            tracker.write(record.get("step", 0), figures)
         # JSON knows no NaN
         record = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -168,7 +189,7 @@ class Meter:
         self, record: dict[str, Any], state: TrainState, budget: Budget, now: float, done: bool
     ) -> None:
         progress = budget.progress(state.step, state.seconds)
-        left = state.seconds * (1.0 - progress) / max(progress, 1e-9)
+        left = _left(state, budget)
         figures = _figures(record)
         if self.stream.isatty():
             if self._bar is None:
@@ -217,6 +238,39 @@ class NoMeter(Meter):
         """Nothing."""
 
 
+def _efficiency(results: list[StepResult], seconds: float, peak: float | None) -> dict[str, Any]:
+    """How well time, room and device were used."""
+    found: dict[str, Any] = {}
+    slots = sum(r.slots for r in results)
+    if slots:
+        found["packing"] = round(sum(r.tokens for r in results) / slots, 4)
+        found["loader_stall"] = round(sum(r.waited_s for r in results) / seconds, 4)
+    rate = sum(r.operations for r in results) / seconds
+    if rate:
+        found["tflop_per_s"] = round(rate / 1e12, 4)
+    if rate and peak:
+        found["mfu"] = round(rate / peak, 4)
+    found["memory_gib"] = round(_memory_bytes() / 2**30, 3)
+    return found
+
+
+def _memory_bytes() -> int:
+    """The most this process has held: on the GPU where there is one, in all elsewhere."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # kilobytes, but on a Mac
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _left(state: TrainState, budget: Budget) -> float:
+    """Seconds to the end at the pace so far."""
+    progress = budget.progress(state.step, state.seconds)
+    return state.seconds * (1.0 - progress) / max(progress, 1e-9)
+
+
 def _drop_torn_line(path: Path) -> None:
     """A process that was killed may have left half a record at the end."""
     if not path.is_file():
@@ -242,9 +296,11 @@ def _figures(record: dict[str, Any]) -> str:
         ("sequence_loss", "seq loss", "{:.3f}"),
         ("sequence_accuracy", "seq acc", "{:.1%}"),
         ("tokens_per_s", "real tok/s", "{:,.0f}"),
+        ("mfu", "MFU", "{:.1%}"),
+        ("loader_stall", "stalled", "{:.0%}"),
         ("skipped_steps", "skipped", "{}"),
     ):
-        if name in record:
+        if name in record and (name != "loader_stall" or record[name] >= SHOWN_STALL):
             parts.append(f"{label} {form.format(record[name])}")
     return "  ".join(parts)
 

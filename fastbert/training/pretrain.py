@@ -24,6 +24,7 @@ from fastbert.training.pretrain_config import PretrainConfig
 from fastbert.training.pretrain_run import MODEL_FOLDER, REPORT_FILE, pretrain_on, write_report
 from fastbert.training.pretrain_text import Source, Text
 from fastbert.training.state import check_run, claim_run, remove_checkpoints
+from fastbert.training.trackers import parse_trackers
 
 __all__ = [
     "MODEL_FOLDER",
@@ -69,6 +70,7 @@ def pretrain(
     }
     config.loop()
     config.stream(torch.device("cpu"))
+    parse_trackers(config.log_to)
     if config.cuda_graph:
         refuse_graph(config.optimizer, default_device())
     ranks = Ranks.from_environment(default_device())

@@ -124,6 +124,9 @@ class PretrainConfig:
         default=False, metadata={"help": "layers twice, for a fraction of the activation memory"}
     )
     heldout: float = field(default=0.02, metadata={"help": "share of documents to score on"})
+    log_to: str = field(
+        default="", metadata={"help": "besides metrics.jsonl: tensorboard, wandb, or both by comma"}
+    )
     evaluate_minutes: float = field(default=5.0, metadata={"help": "between held-out scores"})
     checkpoint_minutes: float = field(default=5.0, metadata={"help": "between checkpoints"})
     keep_checkpoints: int = field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -16,12 +17,14 @@ from fastbert.training.curves import draw_curves
 from fastbert.training.evaluation import evaluate_pretraining, unigram_loss
 from fastbert.training.loop import compute_dtype, default_device, describe_path, train
 from fastbert.training.meter import Meter, NoMeter
+from fastbert.training.operations import peak_operations
 from fastbert.training.parallel import Ranks
 from fastbert.training.pretrain_config import PretrainConfig
 from fastbert.training.pretrain_model import build_model, build_optimizers
 from fastbert.training.pretrain_text import Text
 from fastbert.training.spikes import SpikeGuard
 from fastbert.training.state import TrainState, load_checkpoint, save_checkpoint
+from fastbert.training.trackers import open_trackers
 
 MODEL_FOLDER, BEST_FOLDER, REPORT_FILE = "model", "best", "report.json"
 
@@ -62,7 +65,7 @@ def pretrain_on(
                 f"--resume: the text or the vocabulary has changed since {folder} was started"
             )
         state.corpus = text.checksum
-    meter = Meter(folder, "pretrain") if ranks.first else NoMeter()
+    meter = _meter(config, folder, state, peak_operations(device, dtype), ranks)
     say(describe_path(device))
     say(
         f"pre-training {config.size} ({sum(p.numel() for p in model.parameters()):,} parameters) "
@@ -140,6 +143,15 @@ def pretrain_on(
     picture = draw_curves(folder, title, baseline=unigram)
     say(_summary(report, config.objective, folder, picture))
     return report
+
+
+def _meter(
+    config: PretrainConfig, folder: Path, state: TrainState, peak: float | None, ranks: Ranks
+) -> Meter:
+    if not ranks.first:
+        return NoMeter()
+    trackers = open_trackers(config.log_to, folder, dataclasses.asdict(config), state.step)
+    return Meter(folder, "pretrain", trackers=trackers, peak=peak * ranks.count if peak else None)
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:

@@ -18,12 +18,16 @@ class StepResult:
         targets: of every objective.
         sums: over targets, by name.
         slots: tokens that there was room for.
+        operations: multiplications and additions of its forward and backward pass.
+        waited_s: seconds that it waited for its batches.
     """
 
     tokens: int
     targets: Targets
     sums: dict[str, Tensor] = field(default_factory=dict)
     slots: int = 0
+    operations: float = 0.0
+    waited_s: float = 0.0
 
     def add(self, name: str, value: Tensor | None) -> None:
         """Add a sum over targets."""
