@@ -22,7 +22,6 @@ _EXPECTED = {
         ("attention_bwd_query", 64): Launch(128, 64, num_warps=8, num_stages=2),
         ("attention_bwd_key", 64): Launch(128, 64, num_warps=8, num_stages=2),
         ("attention_bwd_owned_64", 64): Launch(64, 64, num_warps=4, num_stages=1),
-        ("attention_bwd_owned_128", 64): Launch(128, 128, num_warps=8, num_stages=1),
         ("attention_fwd_owned_128", 96): Launch(128, 32, num_warps=8, num_stages=2),
         ("attention_fwd_owned_128", 128): Launch(128, 32, num_warps=8, num_stages=2),
         ("attention_bwd_key", 96): Launch(64, 16, num_warps=4, num_stages=1),
@@ -31,11 +30,24 @@ _EXPECTED = {
         ("attention_bwd_owned_64", 128): Launch(64, 64, num_warps=8, num_stages=1),
     }.items()
 }
+# registers leave room for two or three programs of four warps, whose products and softmax overlap,
+# or for one of eight, which waits for each; and smaller tiles straddle fewer sequences
+_EXPECTED["sm_90", "attention_fwd", 64] = Launch(64, 64, num_warps=4, num_stages=3)
+_EXPECTED["sm_90", "attention_bwd_query", 64] = Launch(64, 64, num_warps=4, num_stages=2)
+_EXPECTED["sm_90", "attention_bwd_key", 64] = Launch(64, 32, num_warps=4, num_stages=2)
+_EXPECTED["sm_90", "attention_bwd_owned_128", 64] = Launch(128, 128, num_warps=8, num_stages=1)
+_EXPECTED["sm_80", "attention_fwd_owned_128", 64] = Launch(128, 32, num_warps=4, num_stages=2)
+for _architecture in ("sm_86", "sm_89"):
+    _key = (_architecture, "attention_fwd_owned_128", 64)
+    _EXPECTED[_key] = Launch(128, 64, num_warps=8, num_stages=2)
 # eight warps of 64 threads leave a thread too few registers
 _EXPECTED["gfx942", "attention_bwd_key", 64] = Launch(64, 32, num_warps=4, num_stages=2)
 for _head_dim in (96, 128):
     for _kernel in ("attention_bwd_query", "attention_bwd_key"):
         _EXPECTED["gfx942", _kernel, _head_dim] = Launch(64, 16, num_warps=4, num_stages=1)
+        # without tensor cores products keep their operands in shared memory
+        _EXPECTED["sm_75", _kernel, _head_dim] = Launch(32, 16, num_warps=4, num_stages=1)
+    _EXPECTED["sm_80", "attention_bwd_query", _head_dim] = Launch(64, 16, num_warps=8, num_stages=1)
 
 
 def configure(kernel: str, tensor: Tensor, head_dim: int) -> Launch | None:
@@ -65,7 +77,11 @@ def default(kernel: str, head_dim: int, itemsize: int) -> Launch | None:
             return None
         if kernel.endswith("_64"):
             return Launch(64, 32, num_warps=8, num_stages=1)
+        if kernel == "attention_bwd_key" and wide:
+            return Launch(32, 16, num_warps=4, num_stages=1)
         return Launch(32, 32, num_warps=4, num_stages=1)
+    if kernel == "attention_fwd_owned_64" and wide:
+        return Launch(64, 32, num_warps=8, num_stages=2)
     if kernel in ("attention_fwd", "attention_fwd_owned_64"):
         return Launch(64, 32, num_warps=4, num_stages=2)
     if kernel == "attention_fwd_owned_128" and not wide:

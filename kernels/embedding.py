@@ -49,6 +49,18 @@ def _looked_up(table_ptr, ids, known, columns, column_mask, WIDTH: tl.constexpr)
     return tl.load(place, mask=known[:, None] & column_mask[None, :], other=0.0).to(tl.float32)
 
 
+@triton.jit
+def _total(
+    word_ptr, position_ptr, segment_ptr, word, position, segment, known, columns,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The sum of the three tables' rows, in fp32, at these columns."""
+    total = _looked_up(word_ptr, word, known, columns, columns < WIDTH, WIDTH)
+    total += _looked_up(position_ptr, position, known, columns, columns < WIDTH, WIDTH)
+    total += _looked_up(segment_ptr, segment, known, columns, columns < WIDTH, WIDTH)
+    return total
+
+
 # one program embeds ROWS tokens; a row lies in registers as CHUNKS pieces of CHUNK columns
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def _embedding_fwd_kernel(
@@ -76,9 +88,9 @@ def _embedding_fwd_kernel(
     chunk_sum = tl.zeros([ROWS, CHUNK], tl.float32)
     for chunk in tl.static_range(CHUNKS):
         columns = chunk * CHUNK + tl.arange(0, CHUNK)
-        piece = _looked_up(word_ptr, word, known, columns, columns < WIDTH, WIDTH)
-        piece += _looked_up(position_ptr, position, known, columns, columns < WIDTH, WIDTH)
-        piece += _looked_up(segment_ptr, segment, known, columns, columns < WIDTH, WIDTH)
+        piece = _total(
+            word_ptr, position_ptr, segment_ptr, word, position, segment, known, columns, WIDTH
+        )
         chunk_sum += piece
         pieces = pieces + (piece,)
     mean = tl.sum(chunk_sum, axis=1) / WIDTH
@@ -107,7 +119,7 @@ def _embedding_fwd_kernel(
 
 
 # one program walks blocks of ROWS tokens, a fixed stride apart, and keeps its share of the norm's
-# gradients in registers until the end
+# gradients in registers until the end where these are HELD, else in its row of memory
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def _embedding_bwd_kernel(
     dy_ptr, word_ptr, position_ptr, segment_ptr, weight_ptr,
@@ -118,14 +130,15 @@ def _embedding_bwd_kernel(
     tokens, sequences, blocks_per_program, layer, site,
     WORDS: tl.constexpr, POSITIONS: tl.constexpr, SEGMENTS: tl.constexpr,
     WIDTH: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     LIMIT: tl.constexpr = WORDS + POSITIONS + SEGMENTS
     program = tl.program_id(0)
     weight_sums, bias_sums = (), ()
-    for _ in tl.static_range(CHUNKS):
-        weight_sums = weight_sums + (tl.zeros([ROWS, CHUNK], tl.float32),)
-        bias_sums = bias_sums + (tl.zeros([ROWS, CHUNK], tl.float32),)
+    if HELD:
+        for _ in tl.static_range(CHUNKS):
+            weight_sums = weight_sums + (tl.zeros([ROWS, CHUNK], tl.float32),)
+            bias_sums = bias_sums + (tl.zeros([ROWS, CHUNK], tl.float32),)
     if state_ptr is not None:
         key = subkey(state_ptr, layer, site)
     for block in range(0, blocks_per_program):
@@ -161,16 +174,25 @@ def _embedding_bwd_kernel(
             ).to(tl.float32)  # fmt: skip
             if state_ptr is not None:
                 dy *= keep_factors(key, sequence, place, chunk * CHUNK, CHUNK, THRESHOLD, SCALE)
-            total = _looked_up(word_ptr, word, known, columns, columns < WIDTH, WIDTH)
-            total += _looked_up(position_ptr, position, known, columns, columns < WIDTH, WIDTH)
-            total += _looked_up(segment_ptr, segment, known, columns, columns < WIDTH, WIDTH)
             weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+            total = _total(
+                word_ptr, position_ptr, segment_ptr, word, position, segment, known, columns, WIDTH
+            )
             normed = (total - mean[:, None]) * rstd[:, None]
             scaled = dy * weight[None, :]
             scaled_sum += scaled
             product_sum += scaled * normed
-            new_weight_sums = new_weight_sums + (weight_sums[chunk] + dy * normed,)
-            new_bias_sums = new_bias_sums + (bias_sums[chunk] + dy,)
+            if HELD:
+                new_weight_sums = new_weight_sums + (weight_sums[chunk] + dy * normed,)
+                new_bias_sums = new_bias_sums + (bias_sums[chunk] + dy,)
+            else:
+                # the barriers of the row sums lie between this store and the next block's load
+                at = partial_ptr + program * 2 * WIDTH + columns
+                later = (columns < WIDTH) & (block > 0)
+                weight_sum = tl.load(at, mask=later, other=0.0) + tl.sum(dy * normed, axis=0)
+                bias_sum = tl.load(at + WIDTH, mask=later, other=0.0) + tl.sum(dy, axis=0)
+                tl.store(at, weight_sum, mask=columns < WIDTH)
+                tl.store(at + WIDTH, bias_sum, mask=columns < WIDTH)
             normed_pieces = normed_pieces + (normed,)
             scaled_pieces = scaled_pieces + (scaled,)
         scaled_mean = tl.sum(scaled_sum, axis=1) / WIDTH
@@ -184,11 +206,12 @@ def _embedding_bwd_kernel(
             store_at = dtotal_ptr + row.to(tl.int64)[:, None] * WIDTH + columns[None, :]
             tl.store(store_at, gradient, mask=mask)
         weight_sums, bias_sums = new_weight_sums, new_bias_sums
-    for chunk in tl.static_range(CHUNKS):
-        columns = chunk * CHUNK + tl.arange(0, CHUNK)
-        out = partial_ptr + program * 2 * WIDTH + columns
-        tl.store(out, tl.sum(weight_sums[chunk], axis=0), mask=columns < WIDTH)
-        tl.store(out + WIDTH, tl.sum(bias_sums[chunk], axis=0), mask=columns < WIDTH)
+    if HELD:
+        for chunk in tl.static_range(CHUNKS):
+            columns = chunk * CHUNK + tl.arange(0, CHUNK)
+            at = partial_ptr + program * 2 * WIDTH + columns
+            tl.store(at, tl.sum(weight_sums[chunk], axis=0), mask=columns < WIDTH)
+            tl.store(at + WIDTH, tl.sum(bias_sums[chunk], axis=0), mask=columns < WIDTH)
 
 
 def embedding_fwd(
@@ -287,6 +310,7 @@ def embedding_bwd(
         WORDS=words, POSITIONS=places, SEGMENTS=segments, WIDTH=width,
         THRESHOLD=keep_threshold(dropout_p), SCALE=keep_scale(dropout_p),
         ROWS=chosen.rows, CHUNK=chosen.columns, CHUNKS=triton.cdiv(width, chosen.columns),
+        HELD=width <= launch.HELD_WIDTH,
     )  # fmt: skip
     dtables = sum_by_key(dtotal, keys, words + places + segments)
     return dtables, column_sum(partial).view(2, width)

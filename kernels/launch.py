@@ -25,7 +25,8 @@ BACKENDS = ("reference", "triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # what a machine without a GPU stands in for when it counts programs
 ASSUMED_PROCESSORS = 4
-# up to this width layer_norm_bwd holds a row in registers; what is wider it shares out by columns
+# up to this width a backward pass holds a row in registers; what is wider layer_norm_bwd shares out
+# by columns, and embedding_bwd adds up in memory
 HELD_WIDTH = 4096
 ASSUMED_MEMORY_BYTES = 16 << 30
 
@@ -198,21 +199,40 @@ def default(kernel: str, size: int) -> Launch:
     if kernel == "layer_norm_bwd" and size > HELD_WIDTH:
         return Launch(rows=1, columns=min(chunk_columns(size), 2048), num_warps=8)
     if kernel == "layer_norm_bwd":
-        # where columns are masked, a warp holds less: ptxas runs short of predicates
+        # where columns are masked, a warp holds less, and no block is fetched ahead: predicates are
+        # few
         if size % chunk_columns(size):
             chosen = _row_launch(size, elements=512, elements_per_warp=256)
+            chosen = replace(chosen, num_stages=1)
         else:
             chosen = _row_launch(size, elements=1024, elements_per_warp=512)
         return replace(chosen, programs_per_processor=max(1, 12 // chosen.num_warps))
+    if kernel == "embedding_bwd" and size > HELD_WIDTH:
+        return Launch(rows=1, columns=min(chunk_columns(size), 2048), num_warps=16)
     if kernel == "embedding_bwd":
-        # three look-ups take more registers than a sum of two; wide rows are many warps' anyway
-        per_warp = 256 if size <= 1024 else 512
+        # three look-ups take more registers than a sum of two; many rows, or masked columns, take
+        # more predicates than ptxas has for a warp of the usual size
+        crowded = size <= 64 or size % chunk_columns(size)
+        per_warp = 128 if crowded else 256
         chosen = _row_launch(size, elements=1024, elements_per_warp=per_warp)
-        return replace(chosen, programs_per_processor=max(1, 12 // chosen.num_warps))
+        return replace(
+            chosen,
+            columns=min(chosen.columns, 1024),
+            programs_per_processor=max(1, 12 // chosen.num_warps),
+        )
+    if kernel == "dropout":
+        columns = _columns(size, 256)
+        return Launch(rows=1024 // columns, columns=columns, num_warps=4)
     if kernel == "bias_activation_fwd":
         return Launch(rows=4, columns=_columns(size, 512), num_warps=4)
     if kernel == "bias_activation_bwd":
-        return Launch(rows=8, columns=_columns(size, 128), num_warps=4)
+        return Launch(
+            rows=8,
+            columns=_columns(size, 128),
+            num_warps=4,
+            num_stages=3,
+            programs_per_processor=8,
+        )
     if kernel == "linear_activation":
         return Launch(64, 64, inner=32, num_warps=4, num_stages=3, programs_per_processor=2)
     if kernel == "rotary":
@@ -241,6 +261,14 @@ def chunk_columns(width: int) -> int:
     """
     choices = [size for size in (2**n for n in range(5, 14)) if -(-width // size) <= 8]
     return min(choices, key=lambda size: (-(-width // size) * size, -size))
+
+
+def product_precision() -> str:
+    """How kernels round fp32 products: "tf32" where the user lets torch do so, else "ieee"."""
+    # the older switch cannot be read once the newer one was set
+    newer = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    allowed = torch.backends.cuda.matmul.allow_tf32 if newer is None else newer == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 def programs(tensor: Tensor, launch: Launch, blocks: int) -> int:

@@ -67,6 +67,14 @@ def test_widths(width):
     check(3, width, torch.float32)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_rows_too_wide_for_registers_are_added_up_in_memory(dropout_p, monkeypatch):
+    # some programs walk several rows, some one
+    monkeypatch.setattr(launch, "ASSUMED_PROCESSORS", 1)
+    width = launch.HELD_WIDTH + 8
+    check(5, width, torch.float32, dropout_p)
+
+
 @few_examples
 @given(tokens=st.sampled_from([0, 1, 2, 15, 16, 17, 65]), width=st.integers(32, 80))
 def test_any_shape(tokens, width):

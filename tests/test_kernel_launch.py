@@ -115,6 +115,41 @@ def test_the_environment_asks_for_what_cannot_run(environment, message):
     assert result.returncode == 1 and f"ValueError: {message}" in result.stderr
 
 
+# each in a process of its own, for torch does not let every switch follow every other
+SWITCHES = """if True:
+    import os
+    import torch
+    from fastbert.kernels import launch
+    matmul = torch.backends.cuda.matmul
+    switches = {
+        "none": lambda: None,
+        "allow_tf32": lambda: setattr(matmul, "allow_tf32", True),
+        "high": lambda: torch.set_float32_matmul_precision("high"),
+        "highest": lambda: torch.set_float32_matmul_precision("highest"),
+        "matmul": lambda: setattr(matmul, "fp32_precision", "tf32"),
+        "everything": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    }
+    for name, switch in switches.items():
+        if not os.fork():
+            switch()
+            print(name, launch.product_precision(), flush=True)
+            os._exit(0)
+        os.wait()
+"""
+
+
+def test_products_round_as_any_of_torchs_switches_says():
+    result = python(SWITCHES)
+    assert result.stdout.splitlines() == [
+        "none ieee",
+        "allow_tf32 tf32",
+        "high tf32",
+        "highest ieee",
+        "matmul tf32",
+        "everything tf32",
+    ], result.stderr
+
+
 WITHOUT_TRITON = """if True:
     import sys
     sys.modules["triton"] = None
