@@ -105,9 +105,12 @@ def candidates(kernel: str, size: int) -> Iterator[Launch]:
                 if 128 <= rows * size // warps <= 4096:
                     yield Launch(rows, columns, num_warps=warps, programs_per_processor=programs)
     elif kernel.startswith("bias_activation"):
-        for rows, columns, warps in itertools.product((1, 4, 8, 16), (128, 256, 512, 1024), (4, 8)):
-            if columns <= 2 * size and 512 <= rows * columns // warps <= 2048:
-                yield Launch(rows, columns, num_warps=warps, programs_per_processor=4)
+        tiles = itertools.product((1, 4, 8, 16), (128, 256, 512, 1024), (4, 8))
+        for (rows, columns, warps), programs in itertools.product(
+            tiles, (4, 8, 12) if kernel.endswith("bwd") else (1,)
+        ):
+            if columns <= 2 * size and 256 <= rows * columns // warps <= 2048:
+                yield Launch(rows, columns, num_warps=warps, programs_per_processor=programs)
     elif kernel == "cross_entropy":
         for columns, warps in itertools.product((1024, 2048, 4096, 8192), (4, 8, 16)):
             if columns // warps >= 128:

@@ -43,14 +43,19 @@ def _activation(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _biased(pre_ptr, bias_ptr, wide_row, pre_row_stride, column, mask, column_mask):
-    values = tl.load(
-        pre_ptr + wide_row[:, None] * pre_row_stride + column[None, :], mask=mask, other=0.0
-    )
-    values = values.to(tl.float32)
+def _bias(bias_ptr, column, column_mask):
+    """[1, columns] fp32, zeros where there is no bias."""
     if bias_ptr is not None:
-        values += tl.load(bias_ptr + column, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-    return values
+        bias = tl.load(bias_ptr + column, mask=column_mask, other=0.0).to(tl.float32)
+    else:
+        bias = tl.zeros_like(column).to(tl.float32)
+    return bias[None, :]
+
+
+@triton.jit
+def _tile(ptr, wide_row, row_stride, column, mask):
+    place = ptr + wide_row[:, None] * row_stride + column[None, :]
+    return tl.load(place, mask=mask, other=0.0).to(tl.float32)
 
 
 # one program makes one tile of the output
@@ -69,12 +74,11 @@ def _bias_activation_fwd_kernel(
     column_mask = column < WIDTH
     mask = (row < rows)[:, None] & column_mask[None, :]
     wide_row = row.to(tl.int64)
-    pre = _biased(pre_ptr, bias_ptr, wide_row, pre_row_stride, column, mask, column_mask)
-    out, _ = _activation(pre, ACTIVATION)
+    pre = _tile(pre_ptr, wide_row, pre_row_stride, column, mask)
+    out, _ = _activation(pre + _bias(bias_ptr, column, column_mask), ACTIVATION)
     if GATED:
-        out *= _biased(
-            pre_ptr, bias_ptr, wide_row, pre_row_stride, WIDTH + column, mask, column_mask
-        )
+        gate = _tile(pre_ptr, wide_row, pre_row_stride, WIDTH + column, mask)
+        out *= gate + _bias(bias_ptr, WIDTH + column, column_mask)
     tl.store(out_ptr + wide_row[:, None] * WIDTH + column[None, :], out, mask=mask)
 
 
@@ -86,7 +90,7 @@ def _bias_activation_bwd_kernel(
     dout_row_stride, pre_row_stride,
     rows, blocks_per_program,
     WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     WIDE: tl.constexpr = 2 * WIDTH if GATED else WIDTH
     program = tl.program_id(1)
@@ -94,20 +98,20 @@ def _bias_activation_bwd_kernel(
     column_mask = column < WIDTH
     bias_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     gate_bias_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for block in range(0, blocks_per_program):
+    bias = _bias(bias_ptr, column, column_mask)
+    if GATED:
+        gate_bias = _bias(bias_ptr, WIDTH + column, column_mask)
+    # the next blocks are on their way while one is worked on
+    for block in tl.range(0, blocks_per_program, num_stages=STAGES):
         row = (block * tl.num_programs(1) + program) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = (row < rows)[:, None] & column_mask[None, :]
         wide_row = row.to(tl.int64)
-        pre = _biased(pre_ptr, bias_ptr, wide_row, pre_row_stride, column, mask, column_mask)
-        dout = tl.load(
-            dout_ptr + wide_row[:, None] * dout_row_stride + column[None, :], mask=mask, other=0.0
-        ).to(tl.float32)
-        value, slope = _activation(pre, ACTIVATION)
+        pre = _tile(pre_ptr, wide_row, pre_row_stride, column, mask)
+        dout = _tile(dout_ptr, wide_row, dout_row_stride, column, mask)
+        value, slope = _activation(pre + bias, ACTIVATION)
         dpre_place = dpre_ptr + wide_row[:, None] * WIDE + column[None, :]
         if GATED:
-            gate = _biased(
-                pre_ptr, bias_ptr, wide_row, pre_row_stride, WIDTH + column, mask, column_mask
-            )
+            gate = _tile(pre_ptr, wide_row, pre_row_stride, WIDTH + column, mask) + gate_bias
             dgate = dout * value
             tl.store(dpre_place + WIDTH, dgate, mask=mask)
             gate_bias_sum += dgate
@@ -207,7 +211,7 @@ def bias_activation_bwd(
         dout.stride(0), pre.stride(0),
         rows, triton.cdiv(blocks, walkers),
         launch=chosen, WIDTH=width, ACTIVATION=activation, GATED=gated,
-        BLOCK_M=chosen.rows, BLOCK_N=chosen.columns,
+        BLOCK_M=chosen.rows, BLOCK_N=chosen.columns, STAGES=chosen.num_stages,
     )  # fmt: skip
     return dpre, out, column_sum(partial) if bias is not None else partial.view(-1)
 
@@ -232,7 +236,7 @@ def linear_activation(
         x.stride(0), weight.stride(0),
         rows, triton.cdiv(tiles, programs),
         launch=chosen, WIDTH=width, DEPTH=depth, ACTIVATION=activation,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        PRECISION=launch.product_precision(),
         BLOCK_M=chosen.rows, BLOCK_N=chosen.columns, BLOCK_K=chosen.inner, GROUP_M=8,
     )  # fmt: skip
     return pre, out

@@ -125,7 +125,7 @@ def _layer_norm_bwd_kernel(
     rows, blocks_per_program, layer, site,
     WIDTH: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, X_IS_TOTAL: tl.constexpr,
     SUMS: tl.constexpr,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     weight_sums, bias_sums, x_bias_sums = (), (), ()
@@ -136,7 +136,8 @@ def _layer_norm_bwd_kernel(
             x_bias_sums = x_bias_sums + (tl.zeros([ROWS, CHUNK], tl.float32),)
     if state_ptr is not None:
         key = subkey(state_ptr, layer, site)
-    for block in range(0, blocks_per_program):
+    # the next block is on its way while one is worked on
+    for block in tl.range(0, blocks_per_program, num_stages=STAGES):
         row = (block * tl.num_programs(0) + program) * ROWS + tl.arange(0, ROWS)
         row_mask = row < rows
         wide_row = row.to(tl.int64)
@@ -401,5 +402,6 @@ def layer_norm_bwd(
         WIDTH=width, THRESHOLD=keep_threshold(dropout_p), SCALE=keep_scale(dropout_p),
         X_IS_TOTAL=x_is_total, SUMS=sums,
         ROWS=chosen.rows, CHUNK=chosen.columns, CHUNKS=chunks,
+        **({} if wide else {"STAGES": chosen.num_stages}),
     )  # fmt: skip
     return dx, dresidual, column_sum(partial).view(sums, width)
