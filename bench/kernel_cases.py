@@ -30,6 +30,8 @@ def cases() -> list[Case]:
             # the widest take a kernel of their own
             quick = quick or width == WIDTHS[-1]
             found.append(Case("layer_norm_bwd", variant, width, _norm_bwd(width, variant), quick))
+        quick = width == BASE
+        found.append(Case("dropout", "dropout", width, _dropout(width), quick))
     for width in INTERMEDIATE:
         wide = width == 4 * BASE
         for variant in ACTIVATION_VARIANTS if wide else ACTIVATION_VARIANTS[:1]:
@@ -56,6 +58,15 @@ def _draw(variant: str) -> dict[str, Any]:
         "site": 1,
         "dropout_p": DROPOUT if drops else 0.0,
     }
+
+
+def _dropout(width: int) -> Any:
+    def call(dtype: torch.dtype) -> None:
+        from fastbert.kernels.dropout import dropout_rows
+
+        dropout_rows(_meta(ROWS, width, dtype=dtype), **_draw("dropout"))
+
+    return call
 
 
 def _norm_fwd(width: int, variant: str) -> Any:

@@ -251,6 +251,8 @@ def _norm_checks(rows: int, width: int, *, everything: bool = True) -> Iterator[
     rng = Rng(seed=1, step=2, layer=3, site=1, exact=True)
     drop = {"dropout_p": DROPOUT, "rng": rng}
     yield Check("layer_norm", "whole, dropout", shape, _with(ops.layer_norm, drop), whole)
+    alone = _with(ops.dropout, drop)
+    yield Check("dropout", "alone", shape, alone, lambda generator: {"x": parts(generator)["x"]})
     if not everything:
         return
     yield Check("layer_norm", "bare", shape, ops.layer_norm, parts)

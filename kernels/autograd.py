@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert.kernels import feed_forward, launch, layer_norm
+from fastbert.kernels import dropout, feed_forward, launch, layer_norm
 from fastbert.kernels.checks import Draw
 from fastbert.kernels.registered import (
     Registered,
@@ -21,11 +21,17 @@ from fastbert.kernels.registered import (
     wants_gradient,
 )
 
+dropout_rows = Registered(dropout.dropout_rows)
 layer_norm_fwd = Registered(layer_norm.layer_norm_fwd)
 layer_norm_bwd = Registered(layer_norm.layer_norm_bwd)
 bias_activation_fwd = Registered(feed_forward.bias_activation_fwd)
 bias_activation_bwd = Registered(feed_forward.bias_activation_bwd)
 linear_activation = Registered(feed_forward.linear_activation)
+
+
+@dropout_rows.operator.register_fake
+def _(x, *draw):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
 
 
 @layer_norm_fwd.operator.register_fake
@@ -76,6 +82,11 @@ def _(x, weight, bias, activation, wants_pre):  # type: ignore[no-untyped-def]
     return x.new_empty((rows if wants_pre else 0, width)), x.new_empty((rows, width))
 
 
+def dropped(x: Tensor, draw: Draw) -> Tensor:
+    """dropout of rows, differentiable."""
+    return _Dropout.apply(x, draw) if wants_gradient(x) else dropout_rows(x, *draw)
+
+
 def normalise(
     x: Tensor,
     weight: Tensor,
@@ -109,6 +120,19 @@ def activated(
         _, out = _first_half(x, w1, b1, activation, gated, wants_pre=False)
         return F.linear(out, w2, b2 if b2 is None else b2.to(x.dtype))
     return _FeedForward.apply(x, w1, b1, w2, b2, activation, gated)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, draw: Draw) -> Tensor:
+        state, sequence_ids, positions, *ctx.numbers = draw
+        ctx.save_for_backward(state, sequence_ids, positions)
+        return dropout_rows(x, *draw)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        refuse_second_derivative("dropout")
+        return dropout_rows(row_contiguous(dy), *ctx.saved_tensors, *ctx.numbers), None
 
 
 class _LayerNorm(torch.autograd.Function):

@@ -1,11 +1,19 @@
-"""Dropout's random numbers as Triton device functions; philox.py is their exact twin."""
+"""Dropout's random numbers as Triton device functions; philox.py is their exact twin.
+
+    y = x keep, keep being 0 or 1 / (1 - p)
+
+alone is a kernel too, for heads; its gradient is the same pass over dy. Saved for backward: nothing
+but the names of the draw.
+"""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fastbert.kernels import philox
+from fastbert.kernels import launch, philox
 
 ROUNDS: tl.constexpr = tl.constexpr(philox.ROUNDS)
 COLUMNS_PER_CALL: tl.constexpr = tl.constexpr(philox.COLUMNS_PER_CALL)
@@ -97,3 +105,54 @@ def keep_scores(row_words, column_words, THRESHOLD: tl.constexpr):
     word = (word ^ (word >> 16)) * HASH_A
     word = (word ^ (word >> 15)) * HASH_B
     return word >= THRESHOLD
+
+
+# one program makes one tile
+@triton.jit(do_not_specialize=["rows", "layer", "site"])
+def _dropout_kernel(
+    x_ptr, y_ptr, state_ptr, sequence_ids_ptr, positions_ptr,
+    x_row_stride,
+    rows, layer, site,
+    WIDTH: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    column_tiles = tl.cdiv(WIDTH, COLUMNS)
+    row = tl.program_id(0) // column_tiles * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) % column_tiles * COLUMNS
+    column = first + tl.arange(0, COLUMNS)
+    row_mask = row < rows
+    mask = row_mask[:, None] & (column < WIDTH)[None, :]
+    wide_row = row.to(tl.int64)[:, None]
+    key = subkey(state_ptr, layer, site)
+    sequence, position = row_coordinates(state_ptr, sequence_ids_ptr, positions_ptr, row, row_mask)
+    keep = keep_factors(key, sequence, position, first, COLUMNS, THRESHOLD, SCALE)
+    x = tl.load(x_ptr + wide_row * x_row_stride + column[None, :], mask=mask, other=0.0)
+    tl.store(y_ptr + wide_row * WIDTH + column[None, :], x.to(tl.float32) * keep, mask=mask)
+
+
+def dropout_rows(
+    x: Tensor,
+    state: Tensor,
+    sequence_ids: Tensor | None,
+    positions: Tensor | None,
+    layer: int,
+    site: int,
+    dropout_p: float,
+) -> Tensor:
+    """[rows, columns] like x, each element zeroed or scaled."""
+    rows, width = x.shape
+    y = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    chosen = launch.configure("dropout", x, width)
+    launch.run(
+        _dropout_kernel,
+        (triton.cdiv(rows, chosen.rows) * triton.cdiv(width, chosen.columns),),
+        x, y, state, sequence_ids, positions,
+        x.stride(0),
+        rows, layer, site,
+        launch=chosen, WIDTH=width,
+        THRESHOLD=philox.keep_threshold(dropout_p), SCALE=philox.keep_scale(dropout_p),
+        ROWS=chosen.rows, COLUMNS=chosen.columns,
+    )  # fmt: skip
+    return y

@@ -20,6 +20,7 @@ from fastbert.kernels.attention_ops import (
     with_attention_words,
 )
 from fastbert.kernels.checks import (
+    KERNEL_DTYPES,
     check_activation,
     check_dropout,
     check_kernel_inputs,
@@ -88,6 +89,10 @@ def dropout(x: Tensor, dropout_p: float, rng: Rng | None) -> Tensor:
         ValueError: dropout_p out of range, or no rng for it.
     """
     check_dropout("dropout", dropout_p, rng)
+    if dropout_p > 0.0 and x.dim() == 2 and x.dtype in KERNEL_DTYPES and launch.uses_triton(x):
+        drawn = draw("dropout", x, dropout_p, rng)
+        rows: Tensor = _kernels(x).dropped(x if x.stride(-1) == 1 else x.contiguous(), drawn)
+        return rows
     return reference.dropout(x, dropout_p, rng)
 
 

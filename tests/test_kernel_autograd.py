@@ -100,6 +100,7 @@ def test_opcheck():
         (autograd.bias_activation_bwd, (draw(6, 32), pre, None, "gelu", True)),
         (autograd.linear_activation, (x, draw(48, 64), draw(48), "gelu", True)),
         (autograd.linear_activation, (x, draw(48, 64), draw(48), "gelu", False)),
+        (autograd.dropout_rows, (x, state, None, None, 1, 2, 0.1)),
     ]  # fmt: skip
     for call, arguments in calls:
         torch.library.opcheck(call.operator, arguments)

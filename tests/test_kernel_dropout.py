@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_harness import DEVICE, runs_kernels
 
-from fastbert.kernels import launch
+from fastbert.kernels import launch, ops
 from fastbert.kernels.philox import Rng, exact_mask, keep_scale, keep_threshold, philox
 
 triton = pytest.importorskip("triton", reason="triton comes with the test extra")
@@ -92,3 +92,24 @@ def test_the_state_on_the_device_decides():
     after = mask_of((8, 64), 0.5, rng, 64)
     assert not torch.equal(before, after)
     assert torch.equal(after.cpu(), exact_mask((8, 64), 0.5, Rng(seed=1, step=1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(5, 1), (7, 100), (3, 513), (0, 8)])
+def test_dropout_alone_is_one_launch_each_way_under_the_twins_mask(shape, dtype):
+    x = torch.randn(shape[0], 2, shape[1]).to(dtype).to(DEVICE)
+    view = x[:, 1].detach().requires_grad_()
+    rng = Rng(seed=3, step=1).rows(
+        torch.arange(2 * shape[0], dtype=torch.int32, device=DEVICE)[::2], None
+    )
+    dy = torch.randn(shape).to(dtype).to(DEVICE)
+    with launch.recording() as calls:
+        ops.dropout(view, 0.3, rng).backward(dy)
+    assert len(calls) == (2 if shape[0] else 0)
+    view.grad = None
+    with ops.use_backend("triton"):
+        y = ops.dropout(view, 0.3, rng)
+        y.backward(dy)
+    mask = exact_mask(shape, 0.3, rng)
+    assert torch.equal(y.detach().cpu(), (view.detach().cpu() * mask).to(dtype))
+    assert torch.equal(view.grad.cpu(), (dy.cpu() * mask).to(dtype))

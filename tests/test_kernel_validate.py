@@ -35,7 +35,7 @@ def test_all_is_well(one_shape, capsys):
     assert bench.main(["validate"]) == 0
     printed = capsys.readouterr().out
     assert ("no GPU: small shapes through Triton's interpreter" in printed) is not ON_GPU
-    assert printed.endswith("24 passed, 0 failed\n")
+    assert printed.endswith("27 passed, 0 failed\n")
 
 
 def test_as_json(one_shape, capsys):
@@ -43,6 +43,7 @@ def test_as_json(one_shape, capsys):
     results = json.loads(capsys.readouterr().out)["results"]
     assert {r["dtype"] for r in results} == {"float32", "float16", "bfloat16"}
     assert {r["operator"] for r in results} == {
+        "dropout",
         "layer_norm",
         "layer_norm_with_sum",
         "feed_forward",
