@@ -180,8 +180,8 @@ def with_attention_words(rng: Rng, tokens: int, heads: int, device: torch.device
     if not launch.uses_triton(torch.empty(0, device=device)):
         return rng
     check_rows("with_attention_words", rng, tokens)
-    state, ids = rng.device_state(device), rng.sequence_ids
-    words = _kernels(state).attention_words(state, ids, rng.positions, tokens, heads)
+    state = rng.device_state(device)
+    words = _kernels(state).attention_words(state, *rng.coordinates(), tokens, heads)
     return replace(rng, words=words)
 
 
@@ -222,7 +222,7 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
             return reference_attention.rotary(qkv.to(dtype), cos, sin, positions)
         check_kernel_inputs("rotary", qkv=qkv)
         tables = (table.detach().to(qkv.device, torch.float32).contiguous() for table in (cos, sin))
-        turned: Tensor = _kernels(qkv).turned(qkv.to(dtype), *tables, positions)
+        turned: Tensor = _kernels(qkv).turned(qkv.to(dtype), *tables, positions.contiguous())
         return turned
 
 

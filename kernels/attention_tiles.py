@@ -5,11 +5,11 @@ attention.py says what a tile is. All of this is inlined into the kernels.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastbert.kernels import launch
 from fastbert.kernels.philox import SCORE_BITS, keep_scale, keep_threshold
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -141,6 +141,6 @@ def constants_of(
         "AFTER": after,
         "THRESHOLD": keep_threshold(dropout_p, SCORE_BITS),
         "KEEP_SCALE": keep_scale(dropout_p, SCORE_BITS),
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "PRECISION": launch.product_precision(),
         "BLOCK_D": triton.next_power_of_2(head_dim),
     }

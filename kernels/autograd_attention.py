@@ -24,6 +24,8 @@ attention_bwd = Registered(attention_backward.attention_bwd)
 attention_words = Registered(words_kernel.attention_words)
 rotary_turn = Registered(rotary_kernel.rotary)
 
+WIDEST_WINDOW = 1 << 30
+
 # behind the tensors of both launchers; the first half may hold tensors
 Context = tuple[Any, ...]
 
@@ -61,7 +63,7 @@ def draw(plan: Plan, tokens: int, heads: int, device: torch.device) -> Draw:
         return None, None, 0, 0, 0.0
     state, words = rng.device_state(device), rng.words
     if words is None or words.shape != (2, heads, tokens) or words.device != device:
-        words = attention_words(state, rng.sequence_ids, rng.positions, tokens, heads)
+        words = attention_words(state, *rng.coordinates(), tokens, heads)
     return words, state, rng.layer, rng.site, plan.dropout_p
 
 
@@ -75,8 +77,9 @@ def attended(tensors: tuple[Tensor, ...], plan: Plan) -> tuple[Tensor, Tensor]:
         slopes = slopes.detach().to(tensors[0].device, torch.float32).contiguous()
     before, after = plan.window or (None, None)
     if plan.window is not None:
-        # a sum of row and window stays within 32 bits
-        before, after = (min(width, plan.layout.capacity) for width in plan.window)
+        # a sum of row and window stays within 32 bits, and kernels know windows by number: not by
+        # one that follows the batch
+        before, after = (min(width, WIDEST_WINDOW) for width in plan.window)
     block = plan.layout.block or 0
     held = (rows.starts, rows.ends, tiles, slopes)
     numbers = (block, before, after, plan.softmax_scale)

@@ -104,4 +104,4 @@ def draw(operator: str, x: Tensor, dropout_p: float, rng: Rng | None) -> Draw:
         return NO_DRAW
     check_rows(operator, rng, x.shape[0])
     state = rng.device_state(x.device)
-    return state, rng.sequence_ids, rng.positions, rng.layer, rng.site, dropout_p
+    return state, *rng.coordinates(), rng.layer, rng.site, dropout_p

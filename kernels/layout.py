@@ -98,7 +98,7 @@ class Layout:
         """Coordinates of each row, made where cu_seqlens lies, without waiting for a device."""
         if self._rows is None:
             self._rows = _plan_rows(self.cu_seqlens, self.capacity, self.sample_ids)
-        return Rows(*self._rows.unbind(0))
+        return Rows(*(column[: self.capacity] for column in self._rows.unbind(0)))
 
     @property
     def block(self) -> int | None:
@@ -166,7 +166,9 @@ class Layout:
 def _plan_rows(cu_seqlens: Tensor, capacity: int, sample_ids: Tensor | None) -> Tensor:
     bounds = cu_seqlens.to(torch.int32).contiguous()
     sequences = len(bounds) - 1
-    row = torch.arange(capacity, dtype=torch.int32, device=bounds.device)
+    # each column begins at a multiple of 16 bytes: kernels know one alignment, not two
+    pitch = -(-capacity // 4) * 4
+    row = torch.arange(pitch, dtype=torch.int32, device=bounds.device)
     owner = torch.searchsorted(bounds[1:], row, right=True)
     real = row < bounds[-1]
     starts = torch.where(real, bounds[owner], 0)

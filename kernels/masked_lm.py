@@ -100,8 +100,9 @@ def _cross_entropy_kernel(
         plain_sum = tl.zeros([BLOCK], tl.float32)
         for first in range(0, VOCAB, BLOCK):
             mask = first + column < VOCAB
-            values = tl.load(logits_ptr + first + column, mask=mask, other=float("-inf"))
-            values = values.to(tl.float32)
+            # whole aligned lines are read, padding too
+            values = tl.load(logits_ptr + first + column, mask=first + column < PADDED, other=0.0)
+            values = tl.where(mask, values.to(tl.float32), float("-inf"))
             higher = tl.maximum(largest, values)
             # a column that has seen nothing yet has no number to shift by
             shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -112,7 +113,7 @@ def _cross_entropy_kernel(
         row_largest = tl.max(largest, axis=0)
         row_total = tl.sum(total * tl.exp(largest - row_largest), axis=0)
         lse = row_largest + tl.log(row_total)
-        # a label that is none makes the loss NaN, where a host would raise
+        # a label that is none makes loss and gradient NaN, where a host would raise
         known = (label >= 0) & (label < VOCAB)
         at_label = tl.load(logits_ptr + label, mask=known, other=float("nan")).to(tl.float32)
         # the shifted terms first: digits are lost where large numbers meet
@@ -123,19 +124,21 @@ def _cross_entropy_kernel(
         if Z_LOSS > 0.0:
             loss += Z_LOSS * lse * lse
             share *= 1.0 + 2.0 * Z_LOSS * lse
+        share = tl.where(known, share, float("nan"))
         tl.store(loss_ptr + row, loss)
         tl.store(correct_ptr + row, (at_label >= row_largest).to(tl.int32))
         if WANTS_GRADIENT:
             # the label's logit has been read by all before one of them overwrites it
             tl.debug_barrier()
             for first in range(0, PADDED, BLOCK):
-                mask = first + column < VOCAB
-                values = tl.load(logits_ptr + first + column, mask=mask, other=float("-inf"))
+                padded = first + column < PADDED
+                values = tl.load(logits_ptr + first + column, mask=padded, other=0.0)
                 gradient = tl.exp(values.to(tl.float32) - row_largest) * share
                 gradient -= tl.where(first + column == label, 1.0 - SMOOTHING, 0.0)
                 if SMOOTHING > 0.0:
-                    gradient -= tl.where(mask, SMOOTHING / VOCAB, 0.0)
-                tl.store(logits_ptr + first + column, gradient, mask=first + column < PADDED)
+                    gradient -= SMOOTHING / VOCAB
+                gradient = tl.where(first + column < VOCAB, gradient, 0.0)
+                tl.store(logits_ptr + first + column, gradient, mask=padded)
 
 
 # one program owns COLUMNS columns and walks down the chunk's rows

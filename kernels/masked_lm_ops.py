@@ -77,7 +77,13 @@ def linear_cross_entropy(
         with no_autocast(hidden):
             return CrossEntropy(
                 *_kernels(hidden).summed_loss(
-                    hidden.to(dtype), weight, labels, bias, ignore_index, label_smoothing, z_loss
+                    hidden.to(dtype),
+                    weight,
+                    labels.contiguous(),
+                    bias,
+                    ignore_index,
+                    label_smoothing,
+                    z_loss,
                 )
             )
     with no_autocast(hidden):
@@ -163,8 +169,8 @@ def masked_lm_loss(
             return CrossEntropy(
                 *_kernels(hidden_states).head_loss(
                     hidden_states.to(dtype),
-                    masked_positions,
-                    labels,
+                    masked_positions.contiguous(),
+                    labels.contiguous(),
                     dense_weight.to(dtype),
                     dense_bias,
                     norm_weight,

@@ -101,6 +101,14 @@ class Rng:
             None if ids is None else ids[:count], None if positions is None else positions[:count]
         )
 
+    def coordinates(self) -> tuple[Tensor | None, Tensor | None]:
+        """sequence_ids and positions as kernels read them, one behind the other."""
+        ids, positions = self.sequence_ids, self.positions
+        return (
+            None if ids is None else ids.contiguous(),
+            None if positions is None else positions.contiguous(),
+        )
+
     def on(self, device: torch.device | str) -> Rng:
         """The same draw with its state on `device`: once a step spares a copy a call."""
         return replace(self, state=self.device_state(torch.device(device)))

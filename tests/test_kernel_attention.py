@@ -160,6 +160,19 @@ def test_the_tail_is_exactly_zero(lengths, max_seqlen):
     assert gradient[:real].ne(0).any()
 
 
+def test_a_wide_window_is_one_compilation_for_all_lengths():
+    constants = []
+    for length in (12, 20, 37):
+        qkv = torch.zeros(length, 3, 2, 32, device=DEVICE)
+        bounds = torch.tensor([0, length], dtype=torch.int32, device=DEVICE)
+        with launch.recording() as calls, ops.use_backend("triton"):
+            ops.fused_qkv_attention(
+                qkv, bounds, layout=Layout(bounds, length, LONG), window=(64, 64)
+            )
+        constants.append([call.constants for call in calls])
+    assert constants[0] == constants[1] == constants[2]
+
+
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
 @pytest.mark.parametrize("tail", [0, 5])
 @pytest.mark.parametrize("max_seqlen", [64, LONG])

@@ -132,3 +132,13 @@ def test_wrong_cu_seqlens(bounds, message):
 def test_sample_ids_are_one_a_sequence():
     with pytest.raises(ValueError, match=r"sample_ids: must be \[1\], one a sequence, got \[2\]"):
         Layout(torch.tensor([0, 5]), 9, 7, torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("tail", [0, 1, 2, 3])
+def test_columns_are_aligned_whatever_the_capacity(tail):
+    bounds = torch.tensor([0, 5, 8], dtype=torch.int32)
+    layout = Layout(bounds, 8 + tail, 8, torch.tensor([7, 9]))
+    travelled = layout.to("cpu")
+    for rows in (layout.rows(), travelled.rows()):
+        for column in rows:
+            assert column.shape == (8 + tail,) and column.data_ptr() % 16 == 0

@@ -161,10 +161,28 @@ def test_no_bias_is_a_bias_of_zeros_and_another_ignore_index():
 
 
 @pytest.mark.parametrize("label", [-1, 67, 10**6])
-def test_a_label_that_is_none_makes_the_loss_nan(label):
+def test_a_label_that_is_none_makes_loss_and_gradients_nan(label):
     labels = some_labels(21, 67)
     labels[1] = label
-    assert run(drawn(), labels)[0].isnan()
+    loss, _, dhidden, dweight, dbias = run(drawn(), labels)
+    assert loss.isnan()
+    # so that a step that looks at its gradients is not taken
+    assert dhidden[1].isnan().all() and dweight.isnan().all() and dbias.isnan().all()
+    assert dhidden[2].isfinite().all()
+
+
+def test_strided_labels_and_positions():
+    labels = some_labels(21, 67)
+    expected = run(drawn(), labels)
+    found = run(drawn(), torch.stack([labels, labels * 0 + 3], dim=1)[:, 0])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    constants = head_constants()
+    spread = {
+        name: torch.stack([constants[name], constants[name] * 0], dim=1)[:, 0]
+        for name in ("masked_positions", "labels")
+    }
+    expected, found = run_head(drawn_head()), run_head(drawn_head(), **spread)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_logits_far_from_zero_do_not_overflow():
