@@ -12,11 +12,16 @@ from fastbert.threads import sleep_soon
 # name -> module with `main(arguments) -> exit status`, and what it measures
 COMMANDS = {
     "train-step": ("fastbert.bench.train_step", "one optimiser step beside transformers"),
+    "encode": ("fastbert.bench.encode", "texts to vectors beside sentence-transformers and ONNX"),
+    "layer": ("fastbert.bench.layer", "one encoder layer beside its peers"),
+    "packing": ("fastbert.bench.packing", "how full batches are, over distributions of lengths"),
+    "all": ("fastbert.bench.every", "every suite; --quick within two minutes"),
+    "compare": ("fastbert.bench.compare", "what changed between two result files"),
     "loader": ("fastbert.bench.loader", "preparing text, and batches out of shards"),
     "parity": ("fastbert.bench.model_parity", "a model folder beside transformers"),
     "drop-in": ("fastbert.bench.drop_in", "stock transformers beside accelerated, on real text"),
     "validate": ("fastbert.bench.validate", "every kernel against fp64; --compile without a GPU"),
-    "kernels": ("fastbert.bench.kernels", "each operator beside its peers, on a GPU"),
+    "kernels": ("fastbert.bench.kernels", "each operator beside its peers"),
     "masked-lm": ("fastbert.bench.masked_lm", "the masked-LM loss beside its peers"),
     "attention": ("fastbert.bench.attention", "attention beside its peers, on a GPU"),
     "tasks": ("fastbert.bench.tasks", "what fine-tuning reaches on public data; docs/results.md"),

@@ -33,7 +33,7 @@ from fastbert.bench.attention_steps import (
     ours,
     step_of,
 )
-from fastbert.bench.kernels import file_name
+from fastbert.bench.machine import file_name
 from fastbert.bench.parity import Parity
 from fastbert.files import atomic_write
 from fastbert.kernels import ops

@@ -6,6 +6,7 @@ but the padding they compute on is. They get query, key and value apart, as suit
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,8 +69,9 @@ def loop(batch: Batch) -> Prepared:
     return call, parts
 
 
-def padded(backend: SDPBackend) -> Callable[[Batch], Prepared]:
-    """scaled_dot_product_attention on a padded batch, with one backend pinned."""
+def padded(backend: SDPBackend | None) -> Callable[[Batch], Prepared]:
+    """scaled_dot_product_attention on a padded batch, with one backend pinned; None for torch's
+    own choice."""
 
     def prepare(batch: Batch) -> Prepared:
         mixed = len(set(batch.lengths)) > 1
@@ -87,7 +89,7 @@ def padded(backend: SDPBackend) -> Callable[[Batch], Prepared]:
         ]
 
         def call() -> Tensor:
-            with sdpa_kernel(backend):
+            with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
                 return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
         return call, parts

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.bench import gpu, machine, peers
-from fastbert.bench.kernels import file_name
+from fastbert.bench.machine import file_name
+from fastbert.bench.step_sides import BETAS, CLIP_NORM, EPS, LEARNING_RATE, WEIGHT_DECAY
 from fastbert.bench.timing import interleaved_ms, spread
-from fastbert.bench.train_step import BETAS, CLIP_NORM, EPS, LEARNING_RATE, WEIGHT_DECAY, Case
+from fastbert.bench.workload import Workload, part_of, step_operations
 from fastbert.config import EncoderConfig
 from fastbert.errors import InputError
 from fastbert.files import atomic_write
@@ -45,7 +46,7 @@ PEAK_TFLOP_PER_S = 989.0
 GOALS = {"base": (776_000, 1_000_000), "large": (228_000, 280_000)}
 # how many times transformers padded, and the best alternative in torch alone that packs
 GOAL_RATIOS = {"transformers": 2.5, "fastbert, reference": 1.3}
-WIKI = Case(sequences=340, mean_length=230.0, sigma=0.8, shortest=16, longest=512)
+WIKI = Workload(size="base", sequences=340, lengths="articles")
 PEER_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -142,7 +143,12 @@ class _Case:
         self.examples = WIKI.examples()
         self.batches, self.chosen = _batches(self.examples)
         self.tokens = sum(batch.num_tokens for batch in self.batches) / len(self.batches)
-        per_batch = [flops(self.config, self.examples, part) for part in self.chosen]
+        per_batch = [
+            step_operations(
+                self.config, self.examples.lengths[part], self.examples.num_masked[part].sum()
+            )
+            for part in self.chosen
+        ]
         self.operations = float(np.mean(per_batch))
         with torch.device("meta"):
             parameters = sum(p.numel() for p in BertForMaskedLM(self.config).parameters())
@@ -162,17 +168,6 @@ def measure(case: _Case, program: str, rounds: int, deadline: float) -> None:
         row.failed = (str(error).strip().splitlines() or [type(error).__name__])[0]
     torch.cuda.empty_cache()
     print(f"measured {row.size}, {program}", flush=True)
-
-
-def flops(config: EncoderConfig, examples: Examples, chosen: Sequence[int]) -> float:
-    """Of one training step: three times the forward pass's products, padding not counted."""
-    lengths = examples.lengths[list(chosen)].astype(np.float64)
-    hidden, tokens = config.hidden_size, lengths.sum()
-    linear = 2 * hidden * (4 * hidden + 2 * config.intermediate_size)
-    layers = tokens * linear + 4 * hidden * np.square(lengths).sum()
-    masked = examples.num_masked[list(chosen)].sum()
-    head = masked * 2 * hidden * (hidden + config.vocab_size)
-    return float(3 * (config.num_hidden_layers * layers + head))
 
 
 def table(found: Size) -> str:
@@ -259,7 +254,7 @@ def _theirs(case: _Case, *, compiled: bool = False) -> Iterator[Callable[[], Ten
     groups = peers.parameter_groups(model, WEIGHT_DECAY)
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPS, fused=True)
     device = torch.device("cuda")
-    padded = [peers.padded(_part(case.examples, part), device) for part in case.chosen]
+    padded = [peers.padded(part_of(case.examples, part), device) for part in case.chosen]
     for batch in itertools.cycle(padded):
 
         def take(batch: dict[str, Any] = batch) -> Tensor:
@@ -281,18 +276,6 @@ PROGRAMS: dict[str, Callable[[_Case], Iterator[Callable[[], Tensor]]]] = {
     "transformers": _theirs,
     "transformers, compiled": lambda case: _theirs(case, compiled=True),
 }
-
-
-def _part(examples: Examples, chosen: list[int]) -> Examples:
-    batch = examples.batch(chosen)
-    assert batch.masked_positions is not None and batch.labels is not None
-    return Examples(
-        batch.input_ids.numpy(),
-        batch.token_type_ids.numpy(),
-        batch.cu_seqlens.numpy().astype(np.int64),
-        batch.masked_positions.numpy(),
-        batch.labels.numpy(),
-    )
 
 
 def _time(row: Row, steps: Iterator[Callable[[], Tensor]], rounds: int, case: _Case) -> None:

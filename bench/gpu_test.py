@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from fastbert.bench import gpu, machine, validate
-from fastbert.bench.kernels import file_name
+from fastbert.bench.machine import file_name
 from fastbert.errors import InputError
 from fastbert.files import atomic_write
 

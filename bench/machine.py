@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -16,7 +17,16 @@ import torch
 from fastbert.training.loop import has_fast_bf16
 
 CPU_INFO = Path("/proc/cpuinfo")
-PACKAGES = ("torch", "transformers", "triton", "numpy", "tokenizers")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "sentence-transformers",
+    "onnxruntime",
+    "triton",
+    "numpy",
+    "tokenizers",
+)
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
 # the widest first: the one that decides how fast a matrix product is
 _CPU_CLASSES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 
@@ -38,6 +48,8 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         described["gpu"] = torch.cuda.get_device_name(device)
+        described["driver"] = driver_version()
+    described["system"] = platform.platform(terse=True)
     described["python"] = platform.python_version()
     described |= {name: _version(name) for name in PACKAGES}
     described["commit"] = commit()
@@ -67,6 +79,26 @@ def commit() -> str | None:
     code = ("fastbert", "kernels", "bench/*.py")
     changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", *code)
     return None if head is None else head + ("+" if changed else "")
+
+
+def machine_class(described: dict[str, Any]) -> str:
+    """The name that result files of one kind of machine share: ratios are compared within it."""
+    if "gpu" in described:
+        return file_name(described["gpu"])
+    return f"cpu-{described['cpu_class']}"
+
+
+def file_name(device: str) -> str:
+    """The device's name as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def driver_version() -> str | None:
+    """Of the GPU's driver, where the system tells."""
+    if not DRIVER_FILE.is_file():
+        return torch.version.hip
+    found = re.search(r"Kernel Module\D*([\d.]+)", DRIVER_FILE.read_text(encoding="utf-8"))
+    return found.group(1) if found else None
 
 
 def peak_gib(device: torch.device) -> float | None:

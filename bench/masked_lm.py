@@ -19,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert.bench import gpu, machine
-from fastbert.bench.kernels import file_name
+from fastbert.bench import machine
+from fastbert.bench.machine import file_name
+from fastbert.bench.memory import step_mib
 from fastbert.bench.parity import Parity
+from fastbert.bench.providers import installed
 from fastbert.bench.timing import interleaved_ms, spread
 from fastbert.files import atomic_write
 from fastbert.kernels import ops
@@ -81,7 +83,7 @@ def measure(
     tensors, labels = _inputs(shape, device, dtype)
     for provider, loss in providers(device).items():
         try:
-            judged = _parity(loss, shape, device, dtype)
+            judged = parity(loss, shape, device, dtype)
             step = functools.partial(_gradients, loss, tensors, labels)
             step()
         except (RuntimeError, ValueError, TypeError, ImportError, AssertionError) as error:
@@ -126,7 +128,7 @@ def providers(device: torch.device) -> dict[str, Loss]:
         ("liger", _liger, "liger_kernel"),
         ("cut-cross-entropy", _cut, "cut_cross_entropy"),
     ):
-        if _installed(package):
+        if installed(package):
             found[provider] = loss
     return found
 
@@ -201,6 +203,14 @@ def _cut(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor
     return loss
 
 
+def step(
+    loss: Loss, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype
+) -> Callable[[], tuple[Tensor, ...]]:
+    """One call with all three gradients, on inputs of its own."""
+    tensors, labels = _inputs(shape, device, dtype)
+    return functools.partial(_gradients, loss, tensors, labels)
+
+
 def _gradients(loss: Loss, tensors: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, ...]:
     hidden, weight, bias = tensors
     return torch.autograd.grad(loss(hidden, weight, bias, labels), [hidden, weight, bias])
@@ -221,7 +231,7 @@ def _inputs(
     return [tensor.requires_grad_() for tensor in drawn], labels.to(device)
 
 
-def _parity(
+def parity(
     loss: Loss, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype
 ) -> Parity:
     """The provider against PyTorch in the same dtype and in fp64, on fewer rows."""
@@ -241,30 +251,7 @@ def _parity(
 
 def _extra_mib(step: Callable[[], tuple[Tensor, ...]], device: torch.device) -> float:
     results = sum(t.numel() * t.element_size() for t in step()) / 2**20
-    peak = gpu.peak_mib(step) if device.type == "cuda" else cpu_peak_mib(step)
-    return peak - results
-
-
-def cpu_peak_mib(step: Callable[[], object]) -> float:
-    """The most memory that one call's tensors hold at once, by torch's own account."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        step()
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    events = profile.profiler.kineto_results.events()
-    moves = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = peak = 0
-    for _, size in moves:
-        held += size
-        peak = max(peak, held)
-    return peak / 2**20
-
-
-def _installed(package: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(package) is not None
+    return step_mib(step, device) - results
 
 
 def _parser() -> argparse.ArgumentParser:

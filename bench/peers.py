@@ -63,6 +63,28 @@ def padded(examples: Examples, device: torch.device) -> dict[str, Tensor]:
     return batch
 
 
+def flattened(examples: Examples, device: torch.device) -> dict[str, Tensor]:
+    """All sequences as one row: positions begin anew in each, and a mask keeps them apart.
+
+    transformers' collator for this leaves the mask to FlashAttention, which reads it off the
+    positions; BERT's other attentions would let every sequence see all others.
+    """
+    assert examples.masked_positions is not None and examples.labels is not None
+    lengths = torch.from_numpy(np.asarray(examples.lengths))
+    labels = torch.full((len(examples.input_ids),), IGNORE_INDEX)
+    labels[torch.from_numpy(examples.masked_positions)] = torch.from_numpy(examples.labels)
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    rows = {
+        "input_ids": torch.from_numpy(np.asarray(examples.input_ids, dtype=np.int64)),
+        "token_type_ids": torch.from_numpy(np.asarray(examples.token_type_ids, dtype=np.int64)),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths.tolist()]),
+        "labels": labels,
+    }
+    batch = {name: row[None].to(device) for name, row in rows.items()}
+    batch["attention_mask"] = (owner[:, None] == owner)[None, None].to(device)
+    return batch
+
+
 def gradients_by_our_names(peer: nn.Module, model: Model) -> dict[str, Tensor]:
     """The peer's gradients under the names of our model's parameters, fused as ours are."""
     theirs = {name: p.grad for name, p in peer.named_parameters() if p.grad is not None}

@@ -29,7 +29,7 @@ BENCH = {
     "validate": "every kernel against fp64 on this machine; --compile needs no GPU",
     "parity": "a model folder computed by us and by transformers: differences a dtype",
     "tune": "measure launch configurations on this GPU",
-    "bench": "measurements: attention, drop-in, kernels, loader, masked-lm, tasks, train-step",
+    "bench": "measurements: train-step, encode, layer, kernels, drop-in, all; alone it lists them",
 }
 
 

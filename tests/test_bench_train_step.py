@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
-import numpy as np
 import pytest
 import torch
 
-from fastbert.bench import machine, peers, train_step
+from fastbert.bench import ceilings, machine, peers, results, step_sides, train_step
 from fastbert.bench.__main__ import COMMANDS, main
-from fastbert.bench.train_step import Case
+from fastbert.bench.workload import Workload
 from fastbert.training.loop import has_fast_bf16
 
-TINY = Case(size="tiny", vocab_size=300, sequences=5, mean_length=12.0, longest=24)
+TINY = ["--size", "tiny", "--vocab-size", "300", "--sequences", "4", "--lengths", "queries"]
 CPU = torch.device("cpu")
+DTYPES = ["fp32", "bf16"] if has_fast_bf16(CPU) else ["fp32"]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(ceilings, "CPU_MATMUL_SIZE", 64)
+    monkeypatch.setattr(ceilings, "CPU_COPY_BYTES", 1 << 16)
+    monkeypatch.setattr(step_sides, "PARITY_BATCHES", 2)
+    monkeypatch.setattr(train_step, "POOL_BATCHES", 3)
 
 
 @pytest.fixture
@@ -23,66 +30,50 @@ def transformers():
     return pytest.importorskip("transformers", reason="transformers comes with the bench extra")
 
 
-def test_lengths_are_those_of_the_case():
-    lengths = Case().lengths()
-    assert len(lengths) == 32
-    assert lengths.min() >= 5 and lengths.max() == 128
-    assert 39 <= lengths.mean() <= 42
-    assert np.array_equal(lengths, Case().lengths())
-    assert sorted(lengths) == sorted(Case(seed=1).lengths())
+def measured(tmp_path, *words):
+    file = tmp_path / "result.json"
+    code = main(["train-step", *TINY, "--repeats", "2", "--json", str(file), *words])
+    return code, results.read(file)
 
 
-def test_examples_mask_what_the_labels_say():
-    case = Case()
-    examples = case.examples()
-    assert np.array_equal(examples.lengths, case.lengths())
-    assert (
-        np.flatnonzero(examples.input_ids == train_step.MASK) == examples.masked_positions
-    ).all()
-    assert (examples.input_ids[examples.cu_seqlens[:-1]] == train_step.CLS).all()
-    assert (examples.input_ids[examples.cu_seqlens[1:] - 1] == train_step.SEP).all()
-    words = len(examples.input_ids) - 2 * len(examples)
-    assert abs(len(examples.masked_positions) / words - 0.15) < 0.01
-    assert examples.labels.min() >= train_step.FIRST_WORD
+def test_a_run_holds_both_cases_and_all_sides(transformers, tmp_path, capsys):
+    code, found = measured(tmp_path)
+    assert code == 0
+    batch, pool = found["cases"]
+    sides = ("fastbert", "transformers", "transformers, flattened")
+    rows = {(row["provider"], row["dtype"]): row for row in batch["rows"]}
+    assert rows.keys() == {(side, dtype) for dtype in ("fp32", "bf16") for side in sides}
+    for side in sides:
+        for dtype in DTYPES:
+            row = rows[side, dtype]
+            assert row["status"] == "measured", row
+            assert 0 < row["ms"]["lowest"] <= row["ms"]["median"] <= row["ms"]["highest"]
+            assert row["step_mib"] > 0 and row["mfu"] > 0
+    # who is held to the others says how near it is
+    assert all(("parity" in row) == (name != "transformers") for (name, _), row in rows.items()
+               if row["status"] == "measured")  # fmt: skip
+    assert {row["provider"] for row in pool["rows"]} == {"fastbert", "transformers, sorted"}
+    assert pool["conditions"]["sequences"] == 3 * batch["conditions"]["sequences"]
+    real = {case["work"]["real_tokens"] for case in (batch, pool)}
+    assert len(real) == 2 and all(
+        case["work"]["padded_tokens"] > case["work"]["real_tokens"] for case in (batch, pool)
+    )
+    assert "fastbert fp32 is" in capsys.readouterr().out
 
 
-def test_both_sides_get_the_same_tokens():
-    examples = TINY.examples()
-    batch, padded = train_step.packed(examples), peers.padded(examples, CPU)
-    real = padded["attention_mask"].bool()
-    assert padded["input_ids"].shape == (5, examples.lengths.max())
-    assert torch.equal(padded["input_ids"][real], batch.input_ids)
-    assert not padded["input_ids"][~real].any()
-    labels = torch.full_like(batch.input_ids, -100)
-    labels[batch.masked_positions[: batch.num_masked]] = batch.labels[: batch.num_masked]
-    assert torch.equal(padded["labels"][real], labels)
-    assert (padded["labels"][~real] == -100).all()
+def test_a_pool_is_dealt_whole():
+    examples = Workload(size="tiny", vocab_size=300, sequences=40, lengths="queries").examples()
+    tokens = int(examples.lengths.sum())
+    batches = step_sides.packed_batches(examples, 8)
+    assert sum(batch.num_tokens for batch in batches) == tokens and len(batches) in (8, 9)
+    ordered = step_sides.sorted_batches(examples, 5)
+    assert [len(part) for part in ordered] == [5] * 8
+    assert sum(int(part.lengths.sum()) for part in ordered) == tokens
+    ends = [(int(part.lengths.min()), int(part.lengths.max())) for part in ordered]
+    assert all(before[1] <= after[0] for before, after in zip(ends, ends[1:], strict=False))
 
 
-def test_a_run_holds_parity_rows_and_ratios(transformers):
-    result = train_step.run(TINY, repeats=2, warm_up=0, device=CPU)
-    dtypes = ["fp32", "bf16"] if has_fast_bf16(CPU) else ["fp32"]
-    assert [report["failures"] for report in result["parity"].values()] == [[]] * len(dtypes)
-    assert [(row["name"], row["dtype"]) for row in result["rows"]] == [
-        (name, dtype) for dtype in dtypes for name in ("fastbert", "transformers")
-    ]
-    medians = {}
-    for row in result["rows"]:
-        first, second = row["all_step_ms"]
-        step = row["step_ms"]
-        assert 0 < step["lowest"] <= step["median"] <= step["highest"]
-        assert {step["lowest"], step["highest"]} == {first, second}
-        medians[f"{row['name']} {row['dtype']}"] = step["median"]
-    for ratio in result["ratios"]:
-        expected = medians[ratio["peer"]] / medians[ratio["ours"]]
-        # both medians were rounded to a hundredth of a millisecond
-        assert abs(ratio["speedup"]["median"] / expected - 1) < 0.02
-    assert len(result["ratios"]) == (3 if len(dtypes) == 2 else 1)
-    for part in (*medians, "parity: fp32 35 tensors", result["machine"]["torch"]):
-        assert part in train_step.table(result)
-
-
-def test_a_red_parity_refuses_the_rows(transformers, monkeypatch):
+def test_a_red_parity_refuses_the_rows(transformers, monkeypatch, tmp_path):
     gradients = peers.gradients_by_our_names
 
     def spoiled(peer, model):
@@ -90,42 +81,33 @@ def test_a_red_parity_refuses_the_rows(transformers, monkeypatch):
         tensors["masked_lm.bias"] = tensors["masked_lm.bias"] + 0.1
         return tensors
 
+    # spoil the peer alike in its dtype and in fp64, and ours is the one outside the rule
     monkeypatch.setattr(peers, "gradients_by_our_names", spoiled)
-    monkeypatch.setattr(train_step, "has_fast_bf16", lambda device: False)
-    # spoil the peer alike in fp32 and fp64, and ours is the one outside the rule
-    result = train_step.run(TINY, repeats=1, warm_up=0, device=CPU)
-    assert result["rows"] == [] and result["ratios"] == []
-    assert result["parity"]["fp32"]["failures"][0].startswith("masked_lm.bias: rms error")
-    assert any(note.startswith("fp32 refused: masked_lm.bias") for note in result["notes"])
-    monkeypatch.setattr(train_step, "run", lambda *_, **__: result)
-    assert main(["train-step"]) == 1
+    code, found = measured(tmp_path, "--quick")
+    ours = [r for r in found["cases"][0]["rows"] if r["provider"] == "fastbert"]
+    assert code == 1 and ours[0]["status"] == "refused" and "ms" not in ours[0]
+    assert ours[0]["reason"].startswith("masked_lm.bias: rms error")
+    assert found["cases"][0]["ratios"] == []
 
 
-def test_bf16_is_skipped_by_name_where_nothing_multiplies_it(transformers, monkeypatch):
-    monkeypatch.setattr(train_step, "has_fast_bf16", lambda device: False)
-    result = train_step.run(TINY, repeats=1, warm_up=0, device=CPU)
-    assert {row["dtype"] for row in result["rows"]} == {"fp32"}
-    assert "bf16 skipped: this cpu has no bf16 matrix units" in result["notes"]
+def test_flattened_without_its_mask_would_be_refused(transformers, monkeypatch, tmp_path):
+    flattened = peers.flattened
+
+    def unmasked(examples, device):
+        batch = flattened(examples, device)
+        return batch | {"attention_mask": torch.ones_like(batch["attention_mask"])}
+
+    monkeypatch.setattr(peers, "flattened", unmasked)
+    code, found = measured(tmp_path, "--quick")
+    rows = {(r["provider"], r["dtype"]): r["status"] for r in found["cases"][0]["rows"]}
+    # a peer that is wrong is no fault of ours
+    assert code == 0 and rows["transformers, flattened", "fp32"] == "refused"
 
 
-def test_the_command_writes_what_it_prints(transformers, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(train_step, "Case", lambda: TINY)
-    before = torch.get_num_threads()
-    file = tmp_path / "result.json"
-    assert main(["train-step", "--quick", "--threads", "1", "--json", str(file)]) == 0
-    result = json.loads(file.read_text())
-    assert result["machine"]["threads"] == 1
-    assert result["repeats"] == 3
-    assert capsys.readouterr().out == train_step.table(result) + "\n"
-    assert torch.get_num_threads() == before
-
-
-def test_without_transformers_one_line_names_the_extra(monkeypatch, capsys):
+def test_without_transformers_its_line_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert main(["train-step", "--quick"]) == 2
-    printed = capsys.readouterr().err
-    assert printed.count("\n") == 1
-    assert "pip install 'fastbert[bench]'" in printed
+    assert main(["train-step", "--quick", *TINY]) == 1
+    assert "skipped: absent: pip install 'fastbert[bench]'" in capsys.readouterr().out
 
 
 def test_a_result_needs_a_folder(tmp_path, capsys):
@@ -153,3 +135,9 @@ def test_cpu_class_is_the_widest_unit():
     assert machine.cpu_class(fields["flags"]) == "avx512_bf16"
     assert machine.cpu_class("fpu avx2") == "avx2"
     assert machine.cpu_class("") not in ("", None)
+
+
+def test_the_class_of_a_machine_names_its_files():
+    assert machine.machine_class({"cpu_class": "avx512_bf16"}) == "cpu-avx512_bf16"
+    described = {"cpu_class": "avx2", "gpu": "NVIDIA H100 80GB HBM3"}
+    assert machine.machine_class(described) == "nvidia-h100-80gb-hbm3"

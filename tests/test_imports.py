@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "checkpoint": {"config", "family", "families"},
     "norm": set(),
     "linear": {"kernels"},
+    "int8": set(),
     "encoder": {"kernels", "config", "packing", "norm", "linear"},
     "pre_norm": {"kernels", "config", "packing", "norm", "linear", "encoder"},
     "heads": {"kernels", "config", "family", "packing", "norm", "pre_norm"},

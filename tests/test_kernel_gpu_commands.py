@@ -14,7 +14,8 @@ from pretend_gpu import NAME, pretended_gpu
 from tiny import tiny_config
 
 from fastbert.bench import __main__ as bench
-from fastbert.bench import gpu, gpu_step, gpu_test, kernels, masked_lm, tune
+from fastbert.bench import gpu, gpu_step, gpu_test, kernels, masked_lm, operators, tune
+from fastbert.bench.workload import step_operations
 from fastbert.config import EncoderConfig
 from fastbert.kernels import launch
 
@@ -32,46 +33,40 @@ def small(monkeypatch):
     monkeypatch.setattr(gpu, "MATMUL_SIZE", 8)
     monkeypatch.setattr(kernels, "ROWS", 5)
     monkeypatch.setattr(kernels, "PARITY_ROWS", 3)
+    monkeypatch.setattr(operators, "VOCABULARY", 50)
+    monkeypatch.setattr(tune, "VOCABULARY", 50)
     monkeypatch.setattr(tune, "ROWS", 3)
     monkeypatch.setattr(tune, "MASKED", 3)
-    for module in (kernels, tune):
-        monkeypatch.setattr(module, "VOCABULARY", 50)
-
-
-def narrow(case: kernels.Case) -> bool:
-    return case.shape[1] == 768
 
 
 @pytest.mark.usefixtures("pretended_gpu")
 def test_bench_kernels(tmp_path, monkeypatch, capsys):
-    found = [case for case in kernels.cases() if narrow(case)]
-    monkeypatch.setattr(kernels, "cases", lambda: iter(found))
-    assert bench.main(["kernels", "--autotune", "--results", str(tmp_path)]) == 0
+    monkeypatch.setattr(kernels, "WIDTHS", (64,))
+    file = tmp_path / "kernels.json"
+    words = ["kernels", "--autotune", "--repeats", "1", "--json", str(file)]
+    assert bench.main(words) == 0
     printed = capsys.readouterr().out
     assert "failed" not in printed and "refused" not in printed
-    entry = json.loads((tmp_path / "kernels-a-pretended-gpu.json").read_text())
+    entry = json.loads(file.read_text())
     assert entry["machine"]["gpu"] == NAME
-    assert [row["name"] for row in entry["rows"]] == [case.name for case in found]
-    products = [r for r in entry["rows"] if r["name"].startswith("feed_forward")]
-    assert all(r["peers_ms"].keys() >= {"eager", "compiled", "max-autotune"} for r in products)
-    # a table line for every row, and it comes last
-    assert printed.rstrip().splitlines()[-len(found) - 1].startswith("operator")
+    found = {case["conditions"]["operator"]: case["rows"] for case in entry["cases"]}
+    assert found.keys() == {one.name for one in operators.operators(1, 2, (64,))}
+    products = [rows for name, rows in found.items() if name.startswith("feed_forward")]
+    for rows in products:
+        status = {row["provider"]: row["status"] for row in rows}
+        assert status.keys() >= {"fastbert", "eager", "compiled", "max-autotune"}
+        assert set(status.values()) == {"measured"}
 
 
 @pytest.mark.usefixtures("pretended_gpu")
-def test_a_peer_that_breaks_costs_no_row(monkeypatch):
-    case = next(case for case in kernels.cases() if narrow(case))
-
-    def broken(function, **options):
-        def called(**tensors):
-            raise RuntimeError("no compiler\nand more lines")
-
-        return called
-
-    monkeypatch.setattr(torch, "compile", broken)
-    row = kernels.measure(case, gpu.Ceilings(1.0, 1.0))
-    assert row.peers_failed == {"compiled": "no compiler"} and "eager" in row.peers_ms
-    assert "compiled failed: no compiler" in kernels.table([row])
+def test_no_compiled_peer_is_begun_late(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "WIDTHS", (64,))
+    monkeypatch.setattr(kernels, "PEERS_LIMIT_S", -1.0)
+    file = tmp_path / "kernels.json"
+    assert bench.main(["kernels", "--quick", "--repeats", "1", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["cases"][0]["rows"]
+    reasons = {row["provider"]: row.get("reason") for row in rows}
+    assert reasons["compiled"] == "the time is up" and reasons["eager"] is None
 
 
 @pytest.mark.usefixtures("pretended_gpu")
@@ -149,7 +144,7 @@ def small_steps(monkeypatch):
     monkeypatch.setattr(gpu_step, "TOKEN_BUDGET", 96)
     monkeypatch.setattr(gpu_step, "BATCHES", 2)
     small = dataclasses.replace(
-        gpu_step.WIKI, sequences=9, mean_length=16.0, longest=40, vocab_size=300, shortest=5
+        gpu_step.WIKI, sequences=9, lengths="queries", longest=40, vocab_size=300
     )
     monkeypatch.setattr(gpu_step, "WIKI", small)
 
@@ -180,7 +175,7 @@ def test_operations_of_a_step():
     config = EncoderConfig.named("base", vocab_size=30522)
     case = dataclasses.replace(gpu_step.WIKI, sequences=3)
     examples = case.examples()
-    found = gpu_step.flops(config, examples, [0, 1, 2])
+    found = step_operations(config, examples.lengths, examples.num_masked.sum())
     tokens = examples.lengths.sum()
     # the linear layers' 14.2 MFLOP a token and layer, and a little for attention and the head
     least = 3 * 12 * 14.155e6 * tokens

@@ -1,0 +1,128 @@
+"""`fastbert bench all`: every suite in turn, a result file each, and one page that gathers them.
+
+A suite that cannot run here is skipped by name, with the reason. `--quick` ends within two minutes
+on two cores; what takes longer even then is skipped by name too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastbert.bench.public_model import WIKIPEDIA, data_file, default_model
+from fastbert.errors import InputError
+
+OUT = "runs/bench"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One suite of the run.
+
+    Attributes:
+        name: of the suite and its file.
+        module: whose `main` takes the words.
+        words: its flags; None where what it needs is missing.
+        quick_words: the same for a quick look; None where it takes too long.
+        needs_gpu: skipped without one.
+        why: it is not run, where `words` or `quick_words` is None.
+    """
+
+    name: str
+    module: str
+    words: Sequence[str] | None = ()
+    quick_words: Sequence[str] | None = ("--quick",)
+    needs_gpu: bool = False
+    why: str = "takes minutes even at its smallest; run it by name"
+
+
+def parts() -> list[Part]:
+    """All suites, those first that a newcomer looks at first."""
+    own = ["train-step", "encode", "layer", "kernels", "packing", "sweep", "pretrain", "finetune"]
+    found = [Part(name, f"fastbert.bench.{name.replace('-', '_')}") for name in own]
+    quick_drop_in = ("--task", "encode", "--paragraphs", "32", "--repeats", "2")
+    found.append(Part("drop-in", "fastbert.bench.drop_in", quick_words=quick_drop_in))
+    found.append(_loader())
+    found.append(Part("tasks", "fastbert.bench.tasks", None, None, why="hours; run it by name"))
+    found += [
+        Part("attention", "fastbert.bench.attention", needs_gpu=True),
+        Part("gpu-step", "fastbert.bench.gpu_step", needs_gpu=True),
+    ]
+    return found
+
+
+def run(
+    chosen: Sequence[Part],
+    folder: Path,
+    *,
+    quick: bool,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Run them; 0 where none was red.
+
+    Args:
+        chosen: in this order.
+        folder: for the result files.
+        quick: smallest cases.
+        say: told of every suite, with what was skipped and why.
+    """
+    red = []
+    for part in chosen:
+        words = part.quick_words if quick else part.words
+        if part.needs_gpu and not torch.cuda.is_available():
+            say(f"{part.name}: skipped, needs a GPU")
+            continue
+        if words is None:
+            say(f"{part.name}: skipped, {part.why}")
+            continue
+        say(f"\n== {part.name}")
+        started = time.monotonic()
+        try:
+            written = ["--json", str(folder / f"{part.name}.json")]
+            code = importlib.import_module(part.module).main([*words, *written])
+        except InputError as error:
+            say(f"{part.name}: skipped, {error}")
+            continue
+        if code:
+            red.append(part.name)
+        say(f"{part.name}: {time.monotonic() - started:.0f} s")
+    if red:
+        say(f"red rows in {', '.join(red)}")
+    return 1 if red else 0
+
+
+def _loader() -> Part:
+    text = data_file(WIKIPEDIA)
+    module = "fastbert.bench.loader"
+    try:
+        model = default_model()
+    except InputError as error:
+        return Part("loader", module, None, None, why=str(error))
+    if text is None:
+        why = f"no {WIKIPEDIA} among the data sets; FASTBERT_DATA names their folder"
+        return Part("loader", module, None, None, why=why)
+    words = (str(text), "--tokenizer", model)
+    return Part("loader", module, words, None)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """0 where all that can run here was measured and nothing was red."""
+    parser = argparse.ArgumentParser(prog="fastbert bench all", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--out", type=Path, default=Path(OUT), help="folder (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="within two minutes; no result")
+    given = parser.parse_args(arguments)
+    if given.out.exists() and not given.out.is_dir():
+        raise InputError(f"--out {given.out}: is no folder")
+    given.out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    code = run(parts(), given.out, quick=given.quick)
+    print(f"{given.out}: all results, {time.monotonic() - started:.0f} s", file=sys.stderr)
+    return code
