@@ -162,14 +162,19 @@ def _attention_case(name: str, sequences: int, dtypes: Sequence[str], device: to
         return found
 
     ours = attention_steps.ours(0.0)
-    rivals = {"a call a sequence": attention_peers.loop, "padded sdpa": attention_peers.padded(None)}
+    rivals = {
+        "a call a sequence": attention_peers.loop,
+        "padded sdpa": attention_peers.padded(None),
+    }
     found = []
     for dtype in dtypes:
         needs = (BF16,) if dtype == "bf16" else ()
         check = functools.partial(judged, dtype)
         found.append(Provider(OURS, dtype, functools.partial(make, ours, dtype), check, needs))
         for title, prepare in rivals.items():
-            found.append(Provider(title, dtype, functools.partial(make, prepare, dtype), None, needs))
+            found.append(
+                Provider(title, dtype, functools.partial(make, prepare, dtype), None, needs)
+            )
     squares = sum(length * length for length in lengths)
     work = Work(tokens, sequences * longest, 14 * HEADS * HEAD_DIM * squares, 0.0)
     conditions = {"lengths": name, "sequences": sequences, "heads": HEADS, "head_dim": HEAD_DIM}

@@ -6,9 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
-import resource
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,31 +97,6 @@ def driver_version() -> str | None:
         return torch.version.hip
     found = re.search(r"Kernel Module\D*([\d.]+)", DRIVER_FILE.read_text(encoding="utf-8"))
     return found.group(1) if found else None
-
-
-def peak_gib(device: torch.device) -> float | None:
-    """Most memory held since `reset_peak`; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    status = Path("/proc/self/status")
-    if not status.exists():
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-    line = next((x for x in status.read_text().splitlines() if x.startswith("VmHWM:")), None)
-    return None if line is None else int(line.split()[1]) * 1024 / 2**30
-
-
-def reset_peak(device: torch.device) -> bool:
-    """Start the peak anew; False where the system cannot, and peaks only grow."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return True
-    try:
-        # "5" resets the resident set's high-water mark (proc_pid_clear_refs(5))
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
 
 
 def _version(package: str) -> str | None:

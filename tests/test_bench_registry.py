@@ -1,4 +1,4 @@
-"""Measuring under a clock of our own: refusals, absences, rates, ratios, and the file they go to."""
+"""Measuring under a clock of our own: refusals, absences, rates, ratios, and the file."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import pytest
@@ -70,7 +71,7 @@ def test_a_pool_is_dealt_whole():
     assert [len(part) for part in ordered] == [5] * 8
     assert sum(int(part.lengths.sum()) for part in ordered) == tokens
     ends = [(int(part.lengths.min()), int(part.lengths.max())) for part in ordered]
-    assert all(before[1] <= after[0] for before, after in zip(ends, ends[1:], strict=False))
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(ends))
 
 
 def test_a_red_parity_refuses_the_rows(transformers, monkeypatch, tmp_path):

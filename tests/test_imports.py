@@ -66,7 +66,7 @@ MAY_IMPORT = {
     "commands": LIBRARY | {"fastbert", "demo", "doctor", "bench"},
     "cli": LIBRARY | {"fastbert", "demo", "doctor", "commands", "bench"},
     "__main__": {"cli"},
-    "bench": LIBRARY | {"fastbert", "demo", "doctor"},
+    "bench": LIBRARY | {"fastbert", "demo", "doctor", "int8"},
 }
 # the kernels' own doors: all that the floors above may name
 KERNEL_DOORS = {"fastbert.kernels.ops"}
