@@ -15,8 +15,13 @@ COMMANDS = {
     "encode": ("fastbert.bench.encode", "texts to vectors beside sentence-transformers and ONNX"),
     "layer": ("fastbert.bench.layer", "one encoder layer beside its peers"),
     "packing": ("fastbert.bench.packing", "how full batches are, over distributions of lengths"),
+    "sweep": (
+        "fastbert.bench.sweep",
+        "a step's cost against padding, length, batch, hidden, words",
+    ),
     "all": ("fastbert.bench.every", "every suite; --quick within two minutes"),
     "compare": ("fastbert.bench.compare", "what changed between two result files"),
+    "page": ("fastbert.bench.page", "charts of result files, and one HTML page of them"),
     "loader": ("fastbert.bench.loader", "preparing text, and batches out of shards"),
     "parity": ("fastbert.bench.model_parity", "a model folder beside transformers"),
     "drop-in": ("fastbert.bench.drop_in", "stock transformers beside accelerated, on real text"),

@@ -7,6 +7,7 @@ on two cores; what takes longer even then is skipped by name too.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import sys
 import time
@@ -16,6 +17,9 @@ from pathlib import Path
 
 import torch
 
+from fastbert.bench import results
+from fastbert.bench.page import write_page
+from fastbert.bench.providers import BENCH_EXTRA, installed
 from fastbert.bench.public_model import WIKIPEDIA, data_file, default_model
 from fastbert.errors import InputError
 
@@ -124,5 +128,14 @@ def main(arguments: Sequence[str]) -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     code = run(parts(), given.out, quick=given.quick)
+    runs = []
+    for part in parts():
+        with contextlib.suppress(InputError):
+            # a suite that was skipped has no file, some have a form of their own
+            runs.append(results.read(given.out / f"{part.name}.json"))
+    if installed("matplotlib"):
+        print(f"{write_page(runs, given.out)}: charts and tables of {len(runs)} suites")
+    else:
+        print(f"no page: charts need matplotlib: {BENCH_EXTRA}")
     print(f"{given.out}: all results, {time.monotonic() - started:.0f} s", file=sys.stderr)
     return code

@@ -158,18 +158,22 @@ def _embedding_inputs(width: int) -> Callable[[int], Inputs]:
 
 
 @functools.cache
-def _rng(device: torch.device) -> Rng:
-    # its state is copied to the device once, as in training, not once a call; on a CPU training
-    # draws from torch's generators
-    return Rng(seed=1, exact=device.type != "cpu").on(device)
+def _rng(device: torch.device, exact: bool) -> Rng:
+    # its state is copied to the device once, as in training, not once a call
+    return Rng(seed=1, exact=exact).on(device)
+
+
+def _draw(x: Tensor) -> Rng:
+    # without a GPU training draws from torch's generators
+    return _rng(x.device, torch.cuda.is_available())
 
 
 def _dropped_norm(**tensors: Any) -> Tensor:
-    return ops.layer_norm(**tensors, dropout_p=DROPOUT, rng=_rng(tensors["x"].device))
+    return ops.layer_norm(**tensors, dropout_p=DROPOUT, rng=_draw(tensors["x"]))
 
 
 def _embedded(**tensors: Any) -> Tensor:
-    return ops.embedding(**tensors, dropout_p=DROPOUT, rng=_rng(tensors["input_ids"].device))
+    return ops.embedding(**tensors, dropout_p=DROPOUT, rng=_draw(tensors["input_ids"]))
 
 
 def _plain_norm(

@@ -144,11 +144,19 @@ class Judge:
         folder: of the model.
         dtype: of both sides.
         device: that computes.
+        batches: pooled; None for `PARITY_BATCHES`.
     """
 
-    def __init__(self, workload: Workload, folder: str, dtype: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        folder: str,
+        dtype: str,
+        device: torch.device,
+        batches: int | None = None,
+    ) -> None:
         small = dataclasses.replace(workload, sequences=PARITY_SEQUENCES, longest=PARITY_LONGEST)
-        seeds = range(workload.seed, workload.seed + PARITY_BATCHES)
+        seeds = range(workload.seed, workload.seed + (batches or PARITY_BATCHES))
         self.batches = [dataclasses.replace(small, seed=seed).examples() for seed in seeds]
         self.folder, self.dtype, self.device = folder, dtype, device
 
