@@ -7,6 +7,8 @@ padding, and every layer packs and unpacks.
 from __future__ import annotations
 
 import importlib
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,21 +43,56 @@ def register_attention() -> str:
     return NAME
 
 
-def plan(*args: Any, attention_mask: Tensor | None = None, **options: Any) -> Packed:
-    """What transformers hands its layers as a mask: made once a forward pass.
+def plan(
+    *args: Any,
+    attention_mask: Tensor | None = None,
+    mask_function: Callable[..., Any] | None = None,
+    **options: Any,
+) -> Packed:
+    """What transformers hands its layers as a mask: made once a forward pass and kind of layer.
 
     Args:
         attention_mask: [batch, length]; None where all tokens are real.
+        mask_function: what a query sees besides.
         options: by name, others in every release of transformers; `batch_size` and `kv_length` are
             read where there is no mask.
+
+    Raises:
+        ValueError: a pattern that is neither full nor a window, or padding before a sequence's
+            first token, for which transformers' other implementations compute something.
     """
+    windowed = _is_window(mask_function)
     if attention_mask is not None:
         batch, length = attention_mask.shape
         device = attention_mask.device
     else:
         batch, length = options["batch_size"], options["kv_length"]
         device = torch.device(options.get("device") or "cpu")
-    return Packed.of(attention_mask, (batch, length), device, training=False)
+    packed = Packed.of(attention_mask, (batch, length), device)
+    packed.windowed = windowed
+    if packed.starts_late or (windowed and packed.has_holes):
+        where = "before a sequence's first" if packed.starts_late else "between a sequence's"
+        raise ValueError(
+            f"attn_implementation fastbert: attention_mask has padding {where} token; "
+            "sdpa computes such a batch"
+        )
+    return packed
+
+
+def _is_window(mask_function: Callable[..., Any] | None) -> bool:
+    """Whether a pattern of transformers is a window both ways, and not everything."""
+    name = getattr(mask_function, "__qualname__", type(mask_function).__name__)
+    if mask_function is None or name == "bidirectional_mask_function":
+        return False
+    if name == "and_masks.<locals>.and_mask":
+        parts = inspect.getclosurevars(mask_function).nonlocals["mask_functions"]
+        # every part is looked at, whatever the others are
+        return sum(map(_is_window, parts)) > 0
+    if name == "sliding_window_bidirectional_overlay.<locals>.inner_mask":
+        return True
+    raise ValueError(
+        f"attn_implementation fastbert: masks are full, or windows both ways, got {name}"
+    )
 
 
 def attend(
@@ -84,18 +121,23 @@ def attend(
         [batch, length, heads, head_dim], zeros at padding; no probabilities.
 
     Raises:
-        ValueError: causal attention, a cache, or a mask that is not of [batch, length].
+        ValueError: causal attention, a cache, a mask that is not of [batch, length], or a window
+            that the mask does not have.
     """
     if getattr(module, "is_causal", False) or query.shape != key.shape:
         raise ValueError("attn_implementation fastbert: only encoders without cache are supported")
     packed = attention_mask
     if packed is None:
-        shape = (query.shape[0], query.shape[2])
-        packed = Packed.of(None, shape, query.device, training=False)
-    if not isinstance(packed, Packed):
+        packed = Packed.of(None, (query.shape[0], query.shape[2]), query.device)
+    elif not isinstance(packed, Packed):
         raise ValueError(
             "attn_implementation fastbert: attention_mask must be [batch, length], got "
             f"{list(packed.shape)}"
+        )
+    elif packed.windowed != (sliding_window is not None):
+        raise ValueError(
+            "attn_implementation fastbert: the mask and sliding_window must both be of a window, "
+            f"or neither, got sliding_window {sliding_window}"
         )
     # torch's generator, which checkpointing winds back, names the draw
     rng = Rng(int(torch.randint(1 << 62, ()))) if dropout else None

@@ -14,6 +14,7 @@ from fastbert.kernels.ops import Rng
 from fastbert.linear import feed_forward, gated_feed_forward, is_hooked, is_plain, product
 from fastbert.packed_call import Packed
 from fastbert.pre_norm import PreNormSettings
+from fastbert.stock_layers import Rates
 
 # dropout sites of one layer
 _ATTENTION, _ATTENTION_OUTPUT, _OUTPUT = range(3)
@@ -23,25 +24,30 @@ def post_norm_layer(
     layer: nn.Module, hidden_states: Tensor, packed: Packed, config: EncoderConfig, number: int
 ) -> Tensor:
     """One post-LN layer: [tokens, hidden_size] -> [tokens, hidden_size]."""
-    family, rng = config.family, packed.rng
+    family, rates = config.family, Rates.of(layer, config.model_type)
     part = {name: layer.get_submodule(path) for name, path in family.layer.items()}
     projections = [layer.get_submodule(path) for path in family.qkv]
     heads = (config.num_attention_heads, config.head_dim)
-    attended = _attention(projections, hidden_states, packed, heads, config, number)
+    attended = _attention(projections, hidden_states, packed, heads, rates.attention, number)
     attended = _add_and_norm(
         part["attention_norm"],
         product(part["attention_output"], attended),
         hidden_states,
-        config.hidden_dropout_prob * family.attention_output_dropout,
-        rng.at(number, _ATTENTION_OUTPUT) if rng else None,
+        rates.attention_output,
+        _drawn(packed, rates.attention_output, number, _ATTENTION_OUTPUT),
     )
     return _add_and_norm(
         part["output_norm"],
         feed_forward(part["intermediate"], part["output"], attended, config.hidden_act),
         attended,
-        config.hidden_dropout_prob * family.output_dropout,
-        rng.at(number, _OUTPUT) if rng else None,
+        rates.output,
+        _drawn(packed, rates.output, number, _OUTPUT),
     )
+
+
+def _drawn(packed: Packed, dropout_p: float, number: int, site: int) -> Rng | None:
+    rng = packed.draws(dropout_p)
+    return rng.at(number, site) if rng else None
 
 
 def _attention(
@@ -49,13 +55,13 @@ def _attention(
     hidden_states: Tensor,
     packed: Packed,
     heads: tuple[int, int],
-    config: EncoderConfig,
+    dropout_p: float,
     number: int,
 ) -> Tensor:
     options: dict[str, Any] = {
         "layout": packed.layout,
-        "dropout_p": config.attention_probs_dropout_prob if packed.rng else 0.0,
-        "rng": packed.rng.at(number, _ATTENTION) if packed.rng else None,
+        "dropout_p": dropout_p,
+        "rng": _drawn(packed, dropout_p, number, _ATTENTION),
     }
     cu_seqlens = packed.layout.cu_seqlens
     if all(is_plain(module) and module.bias is not None for module in projections):
@@ -78,7 +84,7 @@ def pre_norm_layer(
 ) -> Tensor:
     """One layer of ModernBERT: [tokens, hidden_size] -> [tokens, hidden_size]."""
     part = {name: layer.get_submodule(path) for name, path in config.family.layer.items()}
-    kind, rng = settings.layer_types[number - 1], packed.rng
+    kind, rates = settings.layer_types[number - 1], Rates.of(layer, config.model_type)
     normed = part["attention_norm"](hidden_states)
     projected = layer.get_submodule(config.family.qkv[0])(normed)
     qkv = projected.view(-1, 3, config.num_attention_heads, config.head_dim)
@@ -86,14 +92,14 @@ def pre_norm_layer(
         ops.rotary(qkv, *packed.tables[kind], packed.positions()),
         packed.layout.cu_seqlens,
         layout=packed.layout,
-        dropout_p=config.attention_probs_dropout_prob if rng else 0.0,
-        rng=rng.at(number, _ATTENTION) if rng else None,
+        dropout_p=rates.attention,
+        rng=_drawn(packed, rates.attention, number, _ATTENTION),
         window=(settings.window,) * 2 if kind == "sliding_attention" else None,
     )
     attended = ops.dropout(
         part["attention_output"](context.flatten(1)),
-        config.attention_probs_dropout_prob if rng else 0.0,
-        rng.at(number, _ATTENTION_OUTPUT) if rng else None,
+        rates.attention_output,
+        _drawn(packed, rates.attention_output, number, _ATTENTION_OUTPUT),
     )
     total = hidden_states + attended
     fed, bias = gated_feed_forward(
@@ -110,7 +116,6 @@ def _add_and_norm(
     rng: Rng | None,
 ) -> Tensor:
     x, x_bias = product
-    dropout_p = dropout_p if rng else 0.0
     if type(norm) is nn.LayerNorm and not is_hooked(norm):
         return ops.layer_norm(
             x,

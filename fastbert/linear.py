@@ -21,8 +21,10 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a projection is its weight and its bias."""
-    return type(module) is nn.Linear and not is_hooked(module)
+    """Whether a projection is its weight and its bias; a quantised or sharded weight is more."""
+    if type(module) is not nn.Linear or is_hooked(module):
+        return False
+    return type(module.weight) in (nn.Parameter, Tensor)
 
 
 def project(module: nn.Module, x: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ def test_dropout_is_drawn_from_torch_s_seed(family):
     model = their_model(family, "BertModel", **dropout_of(family, 0.3)).train()
     fastbert.accelerate(model)
     # the embedding's own dropout is the stock module's
-    for module in model.modules():
+    for module in model.embeddings.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     batch = padded_batch(family, "BertModel", 0)
@@ -287,25 +287,6 @@ def test_checkpointing_computes_layers_twice(monkeypatch):
     batch = padded_batch("bert", "BertForSequenceClassification", 0)
     model(**batch, labels=torch.tensor([0, 1, 2, 0])).loss.backward()
     assert len(computed) == 2 * model.config.num_hidden_layers
-
-
-@pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_attn_implementation(family):
-    """transformers' layers as they are, with our attention: padding is not attended to."""
-    name = fastbert.register_attention()
-    stock = their_model(family, "BertModel")
-    ours = copy.deepcopy(stock)
-    ours.set_attn_implementation(name)
-    batch, rule = padded_batch(family, "BertModel", 0), ErrorRule()
-    real = batch["attention_mask"] != 0
-    with torch.no_grad():
-        found = ours(**batch).last_hidden_state[real]
-        baseline = stock(**batch).last_hidden_state[real]
-        oracle = stock.double()(**batch).last_hidden_state[real]
-        rule.compare("states", found, baseline, oracle)
-        rule.assert_within(1)
-        whole = ours(batch["input_ids"]).last_hidden_state
-    assert whole.isfinite().all()
 
 
 def test_a_model_in_bf16_and_under_autocast():

@@ -23,7 +23,7 @@ FORMATS = {"family", "families", "config", "checkpoint", "packing", "outputs", "
 MODULES = {"kernels", "norm", "linear", "encoder", "pre_norm", "heads", "model", "models"}
 MODULES |= {"replaced_tokens"}
 ENGINE = FORMATS | MODULES | {"tokenizer", "special_tokens"}
-DROP_IN = {"packed_call", "fast_layers", "dropin", "attention_interface"}
+DROP_IN = {"packed_call", "stock_layers", "fast_layers", "dropin", "attention_interface"}
 ABOVE = {"task_heads", "data", "metrics", "tasks", "training", "pipelines"}
 LIBRARY = ENGINE | DROP_IN | ABOVE
 MAY_IMPORT = {
@@ -53,8 +53,9 @@ MAY_IMPORT = {
     "models": ENGINE - {"tokenizer", "special_tokens"},
     "task_heads": ENGINE - {"tokenizer", "special_tokens"},
     "packed_call": {"kernels", "packing"},
-    "fast_layers": {"kernels", "linear", "packed_call", "pre_norm", "config"},
-    "dropin": {"packed_call", "fast_layers", "pre_norm", "config", "family", "families"},
+    "stock_layers": {"family", "linear"},
+    "fast_layers": {"kernels", "linear", "packed_call", "stock_layers", "pre_norm", "config"},
+    "dropin": FORMATS | {"packed_call", "stock_layers", "fast_layers", "pre_norm"},
     "attention_interface": {"kernels", "packed_call"},
     "data": {"tokenizer", "packing"},
     "metrics": set(),
