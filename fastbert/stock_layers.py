@@ -93,12 +93,14 @@ def changed_module(
         module: Any = layer
         for name in path:
             module = module._modules.get(name) if module is not None else None
-        if type(module) is not kind or (is_hooked(module) and _does_more(module)):
+        if type(module) is not kind or _does_more(module):
             return path
     return None
 
 
-def _does_more(module: nn.Module) -> bool:
+def _does_more(module: Any) -> bool:
+    if not is_hooked(module):
+        return False
     # transformers' own hooks collect what was asked for, which of inner modules is refused
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooks = [hook for kind in kinds for hook in getattr(module, kind).values()]
