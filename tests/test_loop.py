@@ -274,10 +274,10 @@ def test_a_time_budget_ends_and_a_resumed_run_continues_its_clock(tmp_path, monk
 def test_evaluations_and_checkpoints_come_by_the_clock(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "time", Clock())
     saved = []
-    original = save_checkpoint
+    original = module.save_run
     monkeypatch.setattr(
         module,
-        "save_checkpoint",
+        "save_run",
         lambda folder, state, *rest, **options: (
             saved.append(state.step),
             original(folder, state, *rest, **options),

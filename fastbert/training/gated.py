@@ -1,5 +1,7 @@
 """Gradients as torch's fused optimisers take them: scaled, and left alone where not finite.
 
+Of parameters in shards, gradients and state are this rank's parts.
+
 An optimiser may carry `grad_scale`, what gradients are divided by, and `found_inf`, 1 where they
 are not finite; both scalar tensors, so that nothing asks the device.
 """
@@ -13,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastbert.training.shards import part
+
 
 def gated_gradients(
     optimizer: torch.optim.Optimizer, group: dict[str, Any]
@@ -21,7 +25,8 @@ def gated_gradients(
     scale = getattr(optimizer, "grad_scale", None)
     for parameter in group["params"]:
         if parameter.grad is not None:
-            yield parameter, parameter.grad if scale is None else parameter.grad / scale
+            gradient = part(parameter.grad)
+            yield parameter, gradient if scale is None else gradient / scale
 
 
 @contextmanager
@@ -33,7 +38,7 @@ def keep_where_finite(
     if found is None:
         yield
         return
-    tensors = [parameter, *state.values()]
+    tensors = [part(tensor) for tensor in (parameter, *state.values())]
     before = [tensor.clone() for tensor in tensors]
     yield
     for tensor, old in zip(tensors, before, strict=True):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert.training.moments import Moments
+from fastbert.training.moments import Moments, Whole
 
 
 class Lamb(Moments):
@@ -43,12 +43,14 @@ class Lamb(Moments):
         gradient: Tensor,
         mean: Tensor,
         square: Tensor,
+        whole: Whole,
     ) -> None:
         update = mean.div_(square.sqrt_().add_(group["eps"]))
         rate = group["lr"]
         if group["weight_decay"]:
             update += group["weight_decay"] * parameter
-            length, stride = parameter.norm(), update.norm()
+            squares = torch.stack([parameter.square().sum(), update.square().sum()])
+            length, stride = whole.summed(squares).sqrt().unbind()
             trust = torch.where((length > 0) & (stride > 0), length / stride, 1.0)
             rate = rate * trust
         parameter -= rate * update

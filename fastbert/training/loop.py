@@ -35,8 +35,9 @@ from fastbert.training.operations import training_operations
 from fastbert.training.optimizer import Optimizers, refuse_capture
 from fastbert.training.parallel import Ranks
 from fastbert.training.schedule import SCHEDULES, Budget, learning_rate_factor
+from fastbert.training.sharded_state import save_run
 from fastbert.training.spikes import SpikeGuard
-from fastbert.training.state import TrainState, save_checkpoint
+from fastbert.training.state import TrainState
 from fastbert.training.step import CapturedStep, TrainingStep, accumulate, autocast
 from fastbert.training.timed import Timed
 
@@ -249,7 +250,7 @@ def train(
 
     def save(wait: bool) -> None:
         kept = config.keep_checkpoints
-        save_checkpoint(folder, state, model, optimizers, wait=wait, keeper=guard, kept=kept)
+        save_run(folder, state, model, optimizers, ranks, wait=wait, keeper=guard, kept=kept)
 
     with Interruption() as interruption:
         while config.budget.progress(state.step, state.seconds) < 1.0:
@@ -270,7 +271,8 @@ def train(
             factor = learning_rate_factor(config.schedule, middle, config.warmup)
             operations = training_operations(model.config, micro_batches)
             if isinstance(run, TrainingStep) and ranks.count > 1:
-                result = run(micro_batches, rng, factor, agreed.targets)
+                with ranks.watched():
+                    result = run(micro_batches, rng, factor, agreed.targets)
                 result.tokens, result.targets = agreed.tokens, agreed.targets
                 result.slots *= ranks.count
             else:
@@ -298,18 +300,21 @@ def train(
                 meter.flush(state, optimizers.learning_rate(), config.budget)
             _refuse_non_finite(meter, state, 1 if about_to_save else MOST_SKIPPED)
             if stop:
-                if ranks.first:
-                    save(wait=True)
+                save(wait=True)
                 return False
             evaluation_due = state.seconds - evaluated >= 60.0 * config.evaluate_minutes
-            if evaluate and ranks.first and evaluation_due:
-                with meter.paused():
+            # what is due is due on all ranks: by the clock that they share
+            now = state.seconds
+            if evaluate and ranks.scores and evaluation_due:
+                with meter.paused(), ranks.watched():
                     meter.evaluation(state, evaluate())
-                evaluated = state.seconds = time.monotonic() - started
-            if checkpoint_due and ranks.first:
+                state.seconds = time.monotonic() - started
+                evaluated = now if ranks.count > 1 else state.seconds
+            if checkpoint_due:
                 with meter.paused():
                     save(wait=False)
-                saved = state.seconds = time.monotonic() - started
+                state.seconds = time.monotonic() - started
+                saved = now if ranks.count > 1 else state.seconds
     meter.flush(state, optimizers.learning_rate(), config.budget)
     _refuse_non_finite(meter, state, 1)
     return True

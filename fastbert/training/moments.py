@@ -9,10 +9,29 @@ import torch
 from torch import Tensor
 
 from fastbert.training.gated import gated_gradients, keep_where_finite
+from fastbert.training.shards import part, summed
+
+
+class Whole:
+    """A parameter that may lie in shards, as a whole.
+
+    Attributes:
+        numel: elements of all parts.
+    """
+
+    def __init__(self, parameter: Tensor) -> None:
+        self._parameter = parameter
+        self.numel = parameter.numel()
+
+    def summed(self, value: Tensor) -> Tensor:
+        """What each part's rank has, added up."""
+        return summed(value, self._parameter)
 
 
 class Moments(torch.optim.Optimizer):
     """An optimiser with Adam's two moments; a subclass says what `_move` makes of them.
+
+    A parameter in shards is moved part by part; a subclass adds up over all parts what it needs.
 
     Args:
         params: parameters, or groups of them.
@@ -44,11 +63,19 @@ class Moments(torch.optim.Optimizer):
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
                 with keep_where_finite(self, parameter, state):
                     state["step"] += 1
-                    first, second, step = state["exp_avg"], state["exp_avg_sq"], state["step"]
+                    first, second = part(state["exp_avg"]), part(state["exp_avg_sq"])
+                    step = state["step"]
                     first.lerp_(gradient, 1 - beta1)
                     second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
                     mean, square = first / (1 - beta1**step), second / (1 - beta2**step)
-                    self._move(group, parameter, gradient, mean, square)
+                    self._move(
+                        group,
+                        part(parameter),
+                        gradient,
+                        mean,
+                        square,
+                        Whole(parameter),
+                    )
         return loss
 
     def _move(
@@ -58,6 +85,7 @@ class Moments(torch.optim.Optimizer):
         gradient: Tensor,
         mean: Tensor,
         square: Tensor,
+        whole: Whole,
     ) -> None:
         """Update the parameter in place from its debiased moments, which are free to overwrite."""
         raise NotImplementedError

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastbert.training.shards import gathered, part, part_of
+
 # of the quintic that pushes singular values towards one (Jordan et al. 2024)
 COEFFICIENTS, ITERATIONS, EPS = (3.4445, -4.7750, 2.0315), 5, 1e-7
 
@@ -17,7 +19,8 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024), its updates as large as AdamW's (arXiv:2502.16982).
 
     The numbers of torch.optim.Muon with `adjust_lr_fn="match_rms_adamw"`, but the learning rate may
-    be a tensor that no step reads back: a CUDA graph can hold it.
+    be a tensor that no step reads back: a CUDA graph can hold it. Every rank gathers
+    matrices that lie in shards, to make them orthogonal.
 
     Args:
         parameters: matrices, or groups of them.
@@ -50,27 +53,28 @@ class Muon(torch.optim.Optimizer):
                     self._update(parameter, group)
 
     def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        gradient = parameter.grad
-        assert gradient is not None
+        assert parameter.grad is not None
+        gradient, weight = part(parameter.grad), part(parameter)
         if self.grad_scale is not None:
             gradient = gradient / self.grad_scale
         state = self.state[parameter]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
-        buffer = state["momentum_buffer"]
+            state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+        buffer = part(state["momentum_buffer"])
         smoothed = torch.lerp(buffer, gradient, 1.0 - group["momentum"])
-        direction = orthogonalised(gradient.lerp_(smoothed, group["momentum"]))
+        update = gathered(gradient.lerp_(smoothed, group["momentum"]), parameter)
+        direction = part_of(orthogonalised(update), parameter)
         rate = group["lr"]
         adjusted = rate * (0.2 * math.sqrt(max(parameter.shape)))
         # widened first: a scalar tensor would not widen the product
         change = direction.to(parameter.dtype) * adjusted
-        moved = parameter * (1.0 - rate * group["weight_decay"]) - change
+        moved = weight * (1.0 - rate * group["weight_decay"]) - change
         if self.found_inf is not None:
             skip = self.found_inf > 0
             smoothed = torch.where(skip, buffer, smoothed)
-            moved = torch.where(skip, parameter, moved)
+            moved = torch.where(skip, weight, moved)
         buffer.copy_(smoothed)
-        parameter.copy_(moved)
+        weight.copy_(moved)
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:

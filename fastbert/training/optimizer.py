@@ -12,6 +12,7 @@ from fastbert.errors import InputError
 from fastbert.training.lamb import Lamb
 from fastbert.training.loss_scale import LossScale
 from fastbert.training.muon import Muon
+from fastbert.training.shards import whole
 from fastbert.training.stable_adamw import StableAdamW
 from fastbert.training.weight_average import WeightAverage
 
@@ -147,7 +148,7 @@ class Optimizers:
             clip_norm: norm of all gradients above which they are scaled down; 0 for never.
         """
         gradients = [p.grad for p in self.names if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)  # type: ignore[arg-type]
+        norm = whole(nn.utils.get_total_norm(gradients))  # type: ignore[arg-type]
         found_inf = (~norm.isfinite()).to(torch.float32)
         divisor = None
         if self.loss_scale is not None:

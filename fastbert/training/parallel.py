@@ -1,8 +1,9 @@
 """Several processes that train one model: what they must agree on, and when.
 
-`torchrun` starts them. Each holds the whole model, takes its share of every optimiser step's
-batches, and after the last of them gradients are summed once. Losses are divided by the targets of
-all ranks, so that ranks x accumulation is one number: 1 x 4, 2 x 2 and 4 x 1 are the same step.
+`torchrun` starts them. Each holds the whole model, or a part of it (`fsdp.py`), takes its share of
+every optimiser step's batches, and after the last of them gradients are summed once. Losses are
+divided by the targets of all ranks, so that ranks x accumulation is one number: 1 x 4, 2 x 2 and
+4 x 1 are the same step.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +22,8 @@ from torch import Tensor, nn
 from fastbert.errors import InputError
 from fastbert.models import Targets
 
+# what each rank holds of the model: a copy, or a part of every parameter
+PARALLEL = ("ddp", "fsdp")
 # gradients travel in pieces of so many elements: large enough to fill the links
 BUCKET_ELEMENTS = 1 << 23
 # after which a rank that waits for a lost one gives up
@@ -48,36 +53,49 @@ class Ranks:
     Attributes:
         rank: of this process; the first one, 0, writes files and talks.
         count: of all.
+        sharded: whether each holds a part of the model (FSDP2), not a copy.
     """
 
-    def __init__(self, rank: int = 0, count: int = 1) -> None:
-        self.rank, self.count = rank, count
+    def __init__(self, rank: int = 0, count: int = 1, *, sharded: bool = False) -> None:
+        self.rank, self.count, self.sharded = rank, count, sharded
         # counts are known on the host: a group of its own keeps them off the device
         self._host = dist.new_group(backend="gloo") if count > 1 else None
 
     @classmethod
-    def from_environment(cls, device: torch.device) -> Ranks:
+    def from_environment(cls, device: torch.device, *, sharded: bool = False) -> Ranks:
         """Join the processes that torchrun started; alone where it did not.
+
+        Args:
+            device: that this process computes on.
+            sharded: whether they will share one model; one process makes a group of its own then.
 
         Raises:
             InputError: the others cannot be reached.
         """
         count = int(os.environ.get("WORLD_SIZE", "1"))
-        if count == 1:
+        if count == 1 and not sharded:
             return cls()
         backend = "nccl" if device.type == "cuda" else "gloo"
+        alone: dict[str, Any] = {}
+        if count == 1:
+            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         try:
             if not dist.is_initialized():
-                dist.init_process_group(backend, timeout=TIMEOUT)
+                dist.init_process_group(backend, timeout=TIMEOUT, **alone)
         except (RuntimeError, ValueError) as error:
             line = str(error).splitlines()[0]
             raise InputError(f"torchrun: cannot join {count} processes: {line}") from None
-        return cls(dist.get_rank(), count)
+        return cls(dist.get_rank(), count, sharded=sharded)
 
     @property
     def first(self) -> bool:
         """Whether this process writes files and talks."""
         return self.rank == 0
+
+    @property
+    def scores(self) -> bool:
+        """Whether this process evaluates: of a model in shards, all must."""
+        return self.first or self.sharded
 
     def agree(self, targets: Targets, tokens: int, seconds: float, stop: bool) -> Agreed:
         """Sum what each rank brings to a step.
@@ -102,7 +120,7 @@ class Ranks:
 
     def reduce_gradients(self, model: nn.Module) -> None:
         """Replace every gradient by its sum over ranks; a rank without batches counts as zero."""
-        if self.count == 1:
+        if self.count == 1 or self.sharded:
             return
         for bucket in _buckets(list(model.parameters())):
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
@@ -124,25 +142,57 @@ class Ranks:
         self._sum(flat)
         sums.update({name: flat[place] for place, name in enumerate(REPORTED)})
 
+    def told(self, number: int) -> int:
+        """The first rank's number."""
+        return self._sum_of(number if self.first else 0)
+
+    def told_by_any(self, flag: bool) -> bool:
+        """Whether it is so on any rank."""
+        return self._sum_of(int(flag)) > 0
+
     def barrier(self) -> None:
         """Wait for all ranks."""
-        if self.count > 1:
-            self._sum(torch.zeros(1), self._host)
+        self._sum_of(0)
 
     def close(self) -> None:
         """Leave the others."""
-        if self.count > 1 and dist.is_initialized():
+        if (self.count > 1 or self.sharded) and dist.is_initialized():
             dist.destroy_process_group()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside, where torch talks to other ranks by itself, one that is lost is told so.
+
+        Raises:
+            InputError: another rank is gone.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            text = str(error).lower()
+            if self.count == 1 or not ("gloo" in text or "nccl" in text):
+                raise
+            raise self._gone(error) from None
+
+    def _sum_of(self, number: int) -> int:
+        if self.count == 1:
+            return number
+        total = torch.tensor([number])
+        self._sum(total, self._host)
+        return int(total)
 
     def _sum(self, tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
         try:
             dist.all_reduce(tensor, group=group)
         except RuntimeError as error:
-            line = str(error).splitlines()[0]
-            raise InputError(
-                f"rank {self.rank} of {self.count}: another rank is gone ({line}); the same "
-                "command with --resume goes on from the last checkpoint"
-            ) from None
+            raise self._gone(error) from None
+
+    def _gone(self, error: RuntimeError) -> InputError:
+        line = str(error).splitlines()[0]
+        return InputError(
+            f"rank {self.rank} of {self.count}: another rank is gone ({line}); the same "
+            "command with --resume goes on from the last checkpoint"
+        )
 
 
 REPORTED = ("masked_lm_loss", "masked_lm_correct", "sequence_loss", "sequence_correct")

@@ -73,7 +73,7 @@ def pretrain(
     parse_trackers(config.log_to)
     if config.cuda_graph:
         refuse_graph(config.optimizer, default_device())
-    ranks = Ranks.from_environment(default_device())
+    ranks = Ranks.from_environment(default_device(), sharded=config.parallel == "fsdp")
     if config.cuda_graph and ranks.count > 1:
         raise InputError("--cuda-graph: for one process; torchrun started several")
     if not ranks.first:

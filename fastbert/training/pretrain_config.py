@@ -16,6 +16,7 @@ from fastbert.errors import InputError
 from fastbert.training.fields import check_fields
 from fastbert.training.loop import LoopConfig
 from fastbert.training.optimizer import OPTIMIZERS
+from fastbert.training.parallel import PARALLEL
 from fastbert.training.schedule import Budget
 
 
@@ -117,6 +118,10 @@ class PretrainConfig:
     cuda_graph: bool = field(
         default=False, metadata={"help": "a step's work on the GPU as one captured graph"}
     )
+    parallel: str = field(
+        default="ddp",
+        metadata={"help": "under torchrun each process holds the model (ddp) or a part (fsdp)"},
+    )
     loader_workers: int = field(
         default=0, metadata={"help": "processes that prepare batches; 0 for a thread"}
     )
@@ -154,6 +159,12 @@ class PretrainConfig:
             if not getattr(self, name) > 0:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{flag} must be more than 0, got {getattr(self, name)}")
+        if self.parallel not in PARALLEL:
+            names = " or ".join(PARALLEL)
+            raise InputError(f"--parallel must be {names}, got {self.parallel!r}")
+        for flag, wanted in (("--cuda-graph", self.cuda_graph), ("--ema", self.ema)):
+            if wanted and self.parallel == "fsdp":
+                raise InputError(f"{flag}: not with --parallel fsdp; take --parallel ddp")
         if self.loader_workers < 0:
             raise InputError(f"--loader-workers must be at least 0, got {self.loader_workers}")
         if self.weight_decay < 0.0:

@@ -15,6 +15,7 @@ from fastbert.errors import InputError
 from fastbert.files import atomic_write
 from fastbert.training.curves import draw_curves
 from fastbert.training.evaluation import evaluate_pretraining, unigram_loss
+from fastbert.training.fsdp import in_one_piece, shard_model
 from fastbert.training.loop import compute_dtype, default_device, describe_path, train
 from fastbert.training.meter import Meter, NoMeter
 from fastbert.training.operations import peak_operations
@@ -22,8 +23,9 @@ from fastbert.training.parallel import Ranks
 from fastbert.training.pretrain_config import PretrainConfig
 from fastbert.training.pretrain_model import build_model, build_optimizers
 from fastbert.training.pretrain_text import Text
+from fastbert.training.sharded_state import load_run, save_run
 from fastbert.training.spikes import SpikeGuard
-from fastbert.training.state import TrainState, load_checkpoint, save_checkpoint
+from fastbert.training.state import TrainState
 from fastbert.training.trackers import open_trackers
 
 MODEL_FOLDER, BEST_FOLDER, REPORT_FILE = "model", "best", "report.json"
@@ -48,18 +50,15 @@ def pretrain_on(
     model.loss_weights = (objective.mlm_weight, objective.pair_weight)
     model.encoder.recompute = config.recompute
     model.to(device)
+    if ranks.sharded:
+        shard_model(model, ranks, dtype)
     optimizers = build_optimizers(model, config)
     guard = None
     if config.spike_sigma:
         guard = SpikeGuard(model, optimizers, config.spike_sigma, config.spike_steps)
     state = TrainState(corpus=text.checksum)
     if resume:
-        # one after another: a damaged checkpoint is set aside but once
-        if not ranks.first:
-            ranks.barrier()
-        state = load_checkpoint(folder, model, optimizers, say=say, keeper=guard)
-        if ranks.first:
-            ranks.barrier()
+        state = load_run(folder, model, optimizers, ranks, say=say, keeper=guard)
         if state.corpus and state.corpus != text.checksum:
             raise InputError(
                 f"--resume: the text or the vocabulary has changed since {folder} was started"
@@ -81,7 +80,11 @@ def pretrain_on(
         }
 
     def save(name: str) -> None:
-        model.save_pretrained(folder / name)
+        # of a model in shards every rank has a part to give
+        whole = in_one_piece(model) if ranks.sharded else model
+        if not ranks.first:
+            return
+        whole.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name, model_max_length=config.max_seq_len)
         stream_config.objective.save(folder / name, config.max_seq_len)
 
@@ -95,7 +98,7 @@ def pretrain_on(
                 state.best = {"mlm_loss": figures["mlm_loss"], "step": state.step}
         return figures
 
-    if config.model is not None and not state.step and ranks.first:
+    if config.model is not None and not state.step and ranks.scores:
         # what the weights know before they see this text
         meter.evaluation(state, evaluate())
     before = state.tokens, state.seconds
@@ -116,9 +119,12 @@ def pretrain_on(
     if not finished:
         say(f"interrupted at step {state.step}; saved")
         return {}
+    kept = config.keep_checkpoints
+    save_run(folder, state, model, optimizers, ranks, keeper=guard, kept=kept)
+    if ranks.sharded:
+        model = in_one_piece(model)
     if not ranks.first:
         return {}
-    save_checkpoint(folder, state, model, optimizers, keeper=guard, kept=config.keep_checkpoints)
     figures = evaluate()
     meter.evaluation(state, figures)
     unigram = unigram_loss(text.scored[""], text.log_probabilities)

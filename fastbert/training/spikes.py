@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from fastbert.packing import PackedBatch
 from fastbert.training.optimizer import Optimizers
 from fastbert.training.result import StepResult
+from fastbert.training.shards import part
 from fastbert.training.state import TrainState
 
 # steps after which a step's values are read: they have arrived by then
@@ -263,10 +264,12 @@ class SpikeGuard:
         }
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {
+        named = {
             **{f"model/{name}": tensor for name, tensor in self.model.state_dict().items()},
             **{f"optimizer/{k}": tensor for k, tensor in self.optimizers.state_tensors().items()},
         }
+        # of a model in shards, every rank keeps its own
+        return {name: part(tensor) for name, tensor in named.items()}
 
 
 def _values(result: StepResult) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastbert.training.moments import Moments
+from fastbert.training.moments import Moments, Whole
 
 
 class StableAdamW(Moments):
@@ -42,8 +42,10 @@ class StableAdamW(Moments):
         gradient: Tensor,
         mean: Tensor,
         square: Tensor,
+        whole: Whole,
     ) -> None:
-        surprise = (gradient.square() / square.clamp(min=group["eps"] ** 2)).mean()
+        surprise = (gradient.square() / square.clamp(min=group["eps"] ** 2)).sum()
+        surprise = whole.summed(surprise) / whole.numel
         rate = group["lr"] / surprise.sqrt().clamp(min=1.0)
         update = mean.div_(square.sqrt_().add_(group["eps"]))
         parameter.mul_(1 - rate * group["weight_decay"])

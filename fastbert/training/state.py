@@ -78,6 +78,30 @@ class Keeper(Protocol):
         """The inverse of both."""
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint's `state.json` says.
+
+    Attributes:
+        state: of the run.
+        files: checksums by name.
+        kept: what a keeper's `raw` gave; None without one.
+    """
+
+    state: TrainState
+    files: dict[str, str]
+    kept: dict[str, Any] | None
+
+    @classmethod
+    def read(cls, path: Path) -> Saved:
+        """From a checkpoint's folder; whatever is damaged raises whatever it raises."""
+        raw = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        if raw.pop("checksum") != _checksum_of(raw):
+            raise ValueError(f"{_STATE} does not fit its checksum")
+        files, kept = raw.pop("files"), raw.pop(_KEEPER, None)
+        return cls(TrainState(**{**raw, "position": Position(**raw["position"])}), files, kept)
+
+
 def check_run(out: str | os.PathLike[str], settings: dict[str, Any], *, resume: bool) -> None:
     """Look whether `claim_run` would take a folder, before any work is done for it.
 
@@ -147,15 +171,13 @@ def save_checkpoint(
         InputError: it could not be written; earlier checkpoints are untouched.
     """
     finish_checkpoint()
-    # steps that were undone count: names ascend with time
-    target = folder / CHECKPOINTS / f"step-{state.groups:08d}"
+    target = checkpoint_path(folder, state.groups)
     if target.exists():
         return
     tensors = {_MODEL: model.state_dict(), _OPTIMIZER: optimizers.state_tensors()}
-    raw = dataclasses.asdict(state)
     if keeper is not None:
-        raw[_KEEPER] = keeper.raw()
         tensors[f"{_KEEPER}.safetensors"] = keeper.state_tensors()
+    raw = raw_state(state, keeper)
     if wait:
         _write_checkpoint(target, raw, tensors, kept)
         return
@@ -164,6 +186,17 @@ def save_checkpoint(
         for name, own in tensors.items()
     }
     _Background(target, raw, copies, kept).start()
+
+
+def checkpoint_path(folder: Path, groups: int) -> Path:
+    """Where a run's checkpoint is; steps that were undone count, so that names ascend with time."""
+    return folder / CHECKPOINTS / f"step-{groups:08d}"
+
+
+def raw_state(state: TrainState, keeper: Keeper | None) -> dict[str, Any]:
+    """What `state.json` says but for files."""
+    raw = dataclasses.asdict(state)
+    return raw if keeper is None else {**raw, _KEEPER: keeper.raw()}
 
 
 def finish_checkpoint() -> None:
@@ -220,16 +253,22 @@ def _write_checkpoint(
             save_file({k: v.contiguous() for k, v in own.items()}, partial / name)
             with open(partial / name, "rb+") as file:
                 os.fsync(file.fileno())
-        sums = {name: _checksum(partial / name) for name in tensors}
-        content = {**raw, "files": sums}
-        with atomic_write(partial / _STATE) as file:
-            json.dump({**content, "checksum": _checksum_of(content)}, file, indent=2)
-        os.rename(partial, target)
-        sync_folder(target.parent)
+        finish_folder(partial, target, raw, list(tensors), kept)
     except (OSError, SafetensorError) as error:
-        raise writing_failed(target, _as_os_error(error)) from error
+        raise writing_failed(target, as_os_error(error)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def finish_folder(
+    partial: Path, target: Path, raw: dict[str, Any], names: list[str], kept: int
+) -> None:
+    """Give a folder whose files are on disk its state, with their checksums, and its name."""
+    content = {**raw, "files": {name: _checksum(partial / name) for name in names}}
+    with atomic_write(partial / _STATE) as file:
+        json.dump({**content, "checksum": _checksum_of(content)}, file, indent=2)
+    os.rename(partial, target)
+    sync_folder(target.parent)
     for older in checkpoints(target.parent.parent)[: -max(kept, KEPT)]:
         shutil.rmtree(older, ignore_errors=True)
 
@@ -251,41 +290,58 @@ def load_checkpoint(
         InputError: there are checkpoints, and none is intact.
     """
     finish_checkpoint()
+
+    def restore(path: Path, saved: Saved) -> None:
+        model.load_state_dict(load_file(path / _MODEL))
+        optimizers.load_state_tensors(load_file(path / _OPTIMIZER))
+        if keeper is not None and saved.kept is not None:
+            keeper.load(saved.kept, load_file(path / f"{_KEEPER}.safetensors"))
+
+    found = intact_checkpoint(folder, say, restore)
+    return TrainState() if found is None else found[1].state
+
+
+def intact_checkpoint(
+    folder: Path,
+    say: Callable[[str], None],
+    restore: Callable[[Path, Saved], None] = lambda path, saved: None,
+) -> tuple[Path, Saved] | None:
+    """The newest checkpoint whose files are as they were written; damaged ones are set aside.
+
+    Args:
+        folder: of the run.
+        say: told what is set aside.
+        restore: reads it, where there is more that may be wrong with it.
+
+    Raises:
+        InputError: there are checkpoints, and none is intact.
+    """
     failures: list[InputError] = []
     for path in reversed(checkpoints(folder)):
         try:
-            state = _read_checkpoint(path, model, optimizers, keeper)
+            saved = _read_checkpoint(path, restore)
         except InputError as failure:
             failures.append(failure)
             continue
         for found in failures:
-            say(f"{found}; going back to step {state.step}")
+            say(f"{found}; going back to step {saved.state.step}")
         for damaged in checkpoints(folder)[::-1][: len(failures)]:
             # its name is wanted once this step comes again
             damaged.rename(_free_name(damaged.with_name(f"damaged-{damaged.name}")))
-        return state
+        return path, saved
     if failures:
         raise failures[0]
-    return TrainState()
+    return None
 
 
-def _read_checkpoint(
-    path: Path, model: nn.Module, optimizers: Optimizers, keeper: Keeper | None
-) -> TrainState:
+def _read_checkpoint(path: Path, restore: Callable[[Path, Saved], None]) -> Saved:
     try:
-        raw = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        if raw.pop("checksum") != _checksum_of(raw):
-            raise ValueError(f"{_STATE} does not fit its checksum")
-        for name, expected in raw.pop("files").items():
+        saved = Saved.read(path)
+        for name, expected in saved.files.items():
             if _checksum(path / name) != expected:
                 raise ValueError(f"{name} does not fit its checksum")
-        kept = raw.pop(_KEEPER, None)
-        state = TrainState(**{**raw, "position": Position(**raw["position"])})
-        model.load_state_dict(load_file(path / _MODEL))
-        optimizers.load_state_tensors(load_file(path / _OPTIMIZER))
-        if keeper is not None and kept is not None:
-            keeper.load(kept, load_file(path / f"{_KEEPER}.safetensors"))
-        return state
+        restore(path, saved)
+        return saved
     except (
         OSError,
         ValueError,
@@ -307,6 +363,10 @@ def checkpoint_weights(path: Path) -> dict[str, Tensor]:
     """
     try:
         raw = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        if _MODEL not in raw["files"]:
+            raise InputError(
+                f"{path}: a checkpoint in shards, of --parallel fsdp, is not read here"
+            )
         if raw["files"][_MODEL] != _checksum(path / _MODEL):
             raise ValueError(f"{_MODEL} does not fit its checksum")
         return load_file(path / _MODEL)
@@ -369,7 +429,8 @@ def _free_name(path: Path) -> Path:
     return path if not path.exists() else next(name for name in names if not name.exists())
 
 
-def _as_os_error(error: Exception) -> OSError:
+def as_os_error(error: BaseException) -> OSError:
+    """The operating system's error behind another one."""
     # safetensors wraps the operating system's error in its own text
     if isinstance(error, OSError):
         return error

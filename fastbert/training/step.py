@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastbert.kernels.ops import Rng
 from fastbert.models import Targets
 from fastbert.packing import PackedBatch
+from fastbert.training.fsdp import synchronise
 from fastbert.training.optimizer import Optimizers
 from fastbert.training.parallel import Ranks
 from fastbert.training.result import StepResult
@@ -175,7 +176,8 @@ def backward(
     masked, labelled = inputs.targets.unbind()
     sums: dict[str, Tensor] = {}
     for place, batch in enumerate(inputs.batches):
-        if not batch.num_tokens:
+        sharded = synchronise(model, place + 1 == len(inputs.batches))
+        if not batch.num_tokens and not sharded:
             # the other ranks have one more
             continue
         own = None

@@ -1,0 +1,222 @@
+"""Checkpoints of a model in shards: each rank writes its parts, any number of ranks reads them.
+
+torch.distributed.checkpoint, its tensors in safetensors files: nothing is unpickled. As with a
+checkpoint in one piece, a folder takes its name only once it is whole, and is checksummed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fastbert.errors import InputError
+from fastbert.files import writing_failed
+from fastbert.training.optimizer import Optimizers
+from fastbert.training.parallel import Ranks
+from fastbert.training.shards import assembled, part
+from fastbert.training.state import (
+    KEPT,
+    Keeper,
+    Saved,
+    TrainState,
+    as_os_error,
+    checkpoint_path,
+    finish_folder,
+    intact_checkpoint,
+    load_checkpoint,
+    raw_state,
+    save_checkpoint,
+)
+
+SHARDS = "shards"
+_MODEL, _OPTIMIZER, _KEEPER = "model/", "optimizer/", "keeper/"
+# what the first rank tells the others in place of a checkpoint's number
+_NONE, _DAMAGED = -1, -2
+
+
+def save_run(
+    folder: Path,
+    state: TrainState,
+    model: nn.Module,
+    optimizers: Optimizers,
+    ranks: Ranks,
+    *,
+    wait: bool = True,
+    keeper: Keeper | None = None,
+    kept: int = KEPT,
+) -> None:
+    """`save_checkpoint` by the first rank, or where the model is sharded by all of them at once.
+
+    Args:
+        folder: of the run; where the model is sharded, one that all ranks see.
+        state, model, optimizers: what is written.
+        ranks: all of them call this.
+        wait: as for `save_checkpoint`; shards are always waited for.
+        keeper: is written too; of a sharded model, its tensors are this rank's parts.
+        kept: as for `save_checkpoint`.
+
+    Raises:
+        InputError: on every rank, where any could not write.
+    """
+    if not ranks.sharded:
+        if ranks.first:
+            save_checkpoint(folder, state, model, optimizers, wait=wait, keeper=keeper, kept=kept)
+        return
+    target = checkpoint_path(folder, state.groups)
+    if ranks.told(int(target.exists())):
+        return
+    partial = target.with_name(f".{target.name}.tmp")
+    try:
+        with _together(ranks, target):
+            if ranks.first:
+                shutil.rmtree(partial, ignore_errors=True)
+                (partial / SHARDS).mkdir(parents=True)
+        with _together(ranks, target):
+            tensors = _tensors(model, optimizers)
+            if keeper is not None:
+                for name, own in keeper.state_tensors().items():
+                    tensors[_KEEPER + name] = assembled(own, tensors[name])
+            _write(partial / SHARDS, tensors)
+        with _together(ranks, target):
+            if ranks.first:
+                names = sorted(f"{SHARDS}/{path.name}" for path in (partial / SHARDS).iterdir())
+                finish_folder(partial, target, raw_state(state, keeper), names, kept)
+    finally:
+        if ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_run(
+    folder: Path,
+    model: nn.Module,
+    optimizers: Optimizers,
+    ranks: Ranks,
+    *,
+    say: Callable[[str], None] = print,
+    keeper: Keeper | None = None,
+) -> TrainState:
+    """`load_checkpoint` on every rank; where the model is sharded, each reads its own parts.
+
+    Raises:
+        InputError: there are checkpoints, and none is intact.
+    """
+    if not ranks.sharded:
+        # one after another: a damaged checkpoint is set aside but once
+        if not ranks.first:
+            ranks.barrier()
+        state = load_checkpoint(folder, model, optimizers, say=say, keeper=keeper)
+        if ranks.first:
+            ranks.barrier()
+        return state
+    groups, failure = _NONE, None
+    if ranks.first:
+        try:
+            found = intact_checkpoint(folder, say)
+            groups = _NONE if found is None else found[1].state.groups
+        except InputError as error:
+            groups, failure = _DAMAGED, error
+    groups = ranks.told(groups)
+    if failure is not None:
+        raise failure
+    if groups == _DAMAGED:
+        raise InputError(f"{folder}: no checkpoint is intact")
+    if groups == _NONE:
+        return TrainState()
+    path = checkpoint_path(folder, groups)
+    with _together(ranks, path, reading=True):
+        saved = Saved.read(path)
+        kept = _read(path / SHARDS, model, optimizers)
+        if keeper is not None and saved.kept is not None:
+            keeper.load(saved.kept, kept)
+    return saved.state
+
+
+def _write(folder: Path, tensors: dict[str, Tensor]) -> None:
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    checkpoint.save(tensors, storage_writer=writer)
+
+
+def _read(folder: Path, model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
+    """Restore both in place; returns a keeper's tensors."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    saved: dict[str, Any] = (
+        HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    )
+    targets = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
+    absent = sorted(targets.keys() - saved.keys())
+    if absent:
+        raise InputError(f"{folder}: {absent[0]} is missing")
+    parameters = {name: parameter for parameter, name in optimizers.names.items()}
+    for key, entry in saved.items():
+        if key not in targets:
+            targets[key] = _empty(key, entry, parameters)
+    checkpoint.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)))
+    optimizers.load_state_tensors(_below(_OPTIMIZER, targets))
+    return {name: part(tensor).cpu() for name, tensor in _below(_KEEPER, targets).items()}
+
+
+def _empty(key: str, entry: Any, parameters: dict[str, Tensor]) -> Tensor:
+    """What a saved tensor is read into: in shards like its parameter, or whole."""
+    name = key.removeprefix(_KEEPER)
+    name = name.removeprefix(_MODEL) if name.startswith(_MODEL) else name.rpartition("/")[0]
+    parameter = parameters.get(name.removeprefix(_OPTIMIZER))
+    if parameter is not None and entry.size == parameter.shape:
+        return torch.zeros_like(parameter, requires_grad=False)
+    return torch.zeros(entry.size, dtype=entry.properties.dtype)
+
+
+def _tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
+    state, moments = model.state_dict(), optimizers.state_tensors()
+    return {
+        **{_MODEL + name: tensor for name, tensor in state.items()},
+        **{_OPTIMIZER + name: tensor for name, tensor in moments.items()},
+    }
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+
+
+@contextmanager
+def _together(ranks: Ranks, path: Path, *, reading: bool = False) -> Iterator[None]:
+    """Go on only where all ranks can: an error of one is an error of all.
+
+    Raises:
+        InputError: on every rank; the one that failed says why.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    failure: InputError | None = None
+    try:
+        yield
+    except InputError as error:
+        failure = error
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        failure = _line(path, causes[0], reading)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        failure = _line(path, error, reading)
+    failed = ranks.told_by_any(failure is not None)
+    if failure is not None:
+        raise failure
+    if failed:
+        action = "read" if reading else "write"
+        raise InputError(f"{path}: another rank could not {action} its part")
+
+
+def _line(path: Path, cause: BaseException, reading: bool) -> InputError:
+    if reading:
+        return InputError(f"{path}: damaged checkpoint: {str(cause).splitlines()[0]}")
+    return writing_failed(path, as_os_error(cause))
