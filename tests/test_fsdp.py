@@ -292,13 +292,17 @@ def test_one_process_in_shards_is_the_run_in_one_piece(settings, tmp_path):
         average([tmp_path / "sharded"], tmp_path / "mean")
 
 
-def test_mistakes(settings, monkeypatch):
+def test_mistakes(settings, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="--parallel must be ddp or fsdp, got 'tp'"):
         settings("a", parallel="tp", max_steps=1)
     for field, value in (("cuda_graph", True), ("ema", 0.9)):
         flag = "--" + field.replace("_", "-")
         with pytest.raises(InputError, match=f"{flag}: not with --parallel fsdp"):
             settings("a", parallel="fsdp", **{field: value}, max_steps=1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="--cuda-graph: for one process, torchrun has started 2"):
+        settings("a", cuda_graph=True, max_steps=1)
+    assert not dist.is_initialized() and not (tmp_path / "a").exists()
     shared = BertForPreTraining.from_config(
         tiny_config(model_type="albert", num_hidden_groups=1, num_hidden_layers=3)
     )

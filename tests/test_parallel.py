@@ -19,7 +19,7 @@ from tiny import tiny_documents, tiny_tokenizer
 
 from fastbert.errors import InputError
 from fastbert.training.loop import default_device
-from fastbert.training.parallel import Ranks
+from fastbert.training.parallel import PARALLEL, Ranks
 
 GRADIENTS = """if True:
     import sys
@@ -149,13 +149,24 @@ def words(tmp_path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_stopped_on_two_ranks_goes_on_with_one_and_with_three(root, tmp_path, words):
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_stopped_on_two_ranks_goes_on_with_one_and_with_three(root, tmp_path, words, parallel):
     """The data order is the same: after each stop the position is that of an undisturbed run."""
     import json
 
     run(root, 1, *words, "--max-steps", "12", "--out", str(tmp_path / "whole"))
     out = tmp_path / "elastic"
-    go = [*words, "--max-steps", "12", "--checkpoint-minutes", "1e-9", "--out", str(out)]
+    go = [
+        *words,
+        "--parallel",
+        parallel,
+        "--max-steps",
+        "12",
+        "--checkpoint-minutes",
+        "1e-9",
+        "--out",
+        str(out),
+    ]
     for ranks, more in ((2, []), (1, ["--resume"]), (3, ["--resume"])):
         process = start(root, ranks, *go, *more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         before = len(list((out / "checkpoints").glob("step-*")))
@@ -175,9 +186,20 @@ def test_stopped_on_two_ranks_goes_on_with_one_and_with_three(root, tmp_path, wo
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_all_and_a_restart_goes_on(root, tmp_path, words):
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_a_killed_rank_ends_all_and_a_restart_goes_on(root, tmp_path, words, parallel):
     out = tmp_path / "run"
-    go = [*words, "--max-steps", "400", "--checkpoint-minutes", "1e-9", "--out", str(out)]
+    go = [
+        *words,
+        "--parallel",
+        parallel,
+        "--max-steps",
+        "400",
+        "--checkpoint-minutes",
+        "1e-9",
+        "--out",
+        str(out),
+    ]
     process = start(root, 2, *go, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 300
     while not list((out / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
@@ -188,6 +210,8 @@ def test_a_killed_rank_ends_all_and_a_restart_goes_on(root, tmp_path, words):
     os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode != 0
+    # what is left of it says so, in one line
+    assert "another rank is gone" in printed and "InputError" not in printed
     step = sorted((out / "checkpoints").glob("step-*"))[-1].name
     again = start(root, 2, *go, "--resume", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while process.poll() is None or again.poll() is None:

@@ -177,8 +177,13 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return _TORCH_DTYPES[name]
 
 
-def refuse_graph(optimizer: str, device: torch.device) -> None:
+def refuse_graph(optimizer: str, device: torch.device, processes: int = 1) -> None:
     """Raise InputError where --cuda-graph cannot be had; for the start of a run."""
+    if processes > 1:
+        raise InputError(
+            f"--cuda-graph: for one process, torchrun has started {processes}; leave it out, or "
+            "start one"
+        )
     if device.type != "cuda":
         raise InputError(f"--cuda-graph: needs a CUDA or HIP device, this run is on {device.type}")
     refuse_capture(optimizer)

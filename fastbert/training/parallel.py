@@ -72,7 +72,7 @@ class Ranks:
         Raises:
             InputError: the others cannot be reached.
         """
-        count = int(os.environ.get("WORLD_SIZE", "1"))
+        count = processes_started()
         if count == 1 and not sharded:
             return cls()
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -193,6 +193,11 @@ class Ranks:
             f"rank {self.rank} of {self.count}: another rank is gone ({line}); the same "
             "command with --resume goes on from the last checkpoint"
         )
+
+
+def processes_started() -> int:
+    """By torchrun, this one among them; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 REPORTED = ("masked_lm_loss", "masked_lm_correct", "sequence_loss", "sequence_correct")

@@ -14,12 +14,11 @@ import torch
 from fastbert.data.loader import Loader
 from fastbert.data.stream import PretrainingStream, prefetch
 from fastbert.data.tokenized import TokenizedCorpus
-from fastbert.errors import InputError
 from fastbert.files import locked
 from fastbert.tokenizer import Tokenizer
 from fastbert.training.evaluation import heldout, unigram_log_probabilities
 from fastbert.training.loop import default_device, refuse_graph
-from fastbert.training.parallel import Ranks
+from fastbert.training.parallel import Ranks, processes_started
 from fastbert.training.pretrain_config import PretrainConfig
 from fastbert.training.pretrain_run import MODEL_FOLDER, REPORT_FILE, pretrain_on, write_report
 from fastbert.training.pretrain_text import Source, Text
@@ -72,10 +71,8 @@ def pretrain(
     config.stream(torch.device("cpu"))
     parse_trackers(config.log_to)
     if config.cuda_graph:
-        refuse_graph(config.optimizer, default_device())
+        refuse_graph(config.optimizer, default_device(), processes_started())
     ranks = Ranks.from_environment(default_device(), sharded=config.parallel == "fsdp")
-    if config.cuda_graph and ranks.count > 1:
-        raise InputError("--cuda-graph: for one process; torchrun started several")
     if not ranks.first:
         say = _silent
     try:
