@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.packing import IGNORE_INDEX, PackedBatch
+from fastbert.segments import segment_sum
 
 
 def class_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,8 +96,8 @@ def span_loss(logits: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     index = owner[:, None].expand(-1, 2)
     top = wide.detach().new_full((slots + 1, 2), float("-inf"))
     top = top.scatter_reduce(0, index, wide.detach(), "amax")
-    total = wide.new_zeros((slots + 1, 2)).index_add(0, owner, (wide - top[owner]).exp())
-    log_sum = (total.clamp_min(torch.finfo(total.dtype).tiny).log() + top)[:slots]
+    total = segment_sum((wide - top[owner]).exp(), batch.cu_seqlens, owner)
+    log_sum = total.clamp_min(torch.finfo(total.dtype).tiny).log() + top[:slots]
     valid = ((labels >= 0) & (labels < lengths[:, None])).all(dim=1)
     rows = (starts[:, None] + labels).masked_fill(~valid[:, None], 0)
     chosen = wide.gather(0, rows)

@@ -22,6 +22,7 @@ from fastbert.heads import Pooler
 from fastbert.kernels.ops import Rng
 from fastbert.packing import IGNORE_INDEX, PackedBatch, pack, unpack
 from fastbert.pre_norm import PreNormEncoder, PreNormSettings
+from fastbert.segments import segment_sum
 
 M = TypeVar("M", bound="Model")
 _HUB_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "vocab.txt", "merges.txt"]
@@ -235,7 +236,7 @@ class Model(nn.Module):
     def pooled(self, hidden_states: Tensor, batch: PackedBatch, rng: Rng | None) -> Tensor:
         """One vector a sequence: [rows, hidden_size] -> [sequences, hidden_size]."""
         if self.mean_pooling:
-            vectors = mean_of_tokens(hidden_states, batch)
+            vectors = mean_of_tokens(hidden_states, batch).to(hidden_states.dtype)
         else:
             vectors = hidden_states[batch.first_tokens]
         return vectors if self.pooler is None else self.pooler(vectors, rng)
@@ -275,13 +276,14 @@ class Model(nn.Module):
 
 
 def mean_of_tokens(hidden_states: Tensor, batch: PackedBatch) -> Tensor:
-    """[tokens, hidden_size] -> [sequences, hidden_size]; zeros for empty sequences."""
-    slots = len(batch.cu_seqlens) - 1
+    """[tokens, hidden_size] -> [sequences, hidden_size], fp32 at least; zeros for empty sequences.
+
+    Tail rows are not looked at.
+    """
     lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).clamp(min=1)
-    # one more for the tail, which is dropped
-    sums = hidden_states.new_zeros((slots + 1, hidden_states.shape[1]))
-    sums = sums.index_add(0, batch.sequence_of_token, hidden_states)
-    return sums[:slots] / lengths[:, None]
+    # a sum in bf16 stops growing after some hundred tokens
+    wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+    return segment_sum(wide, batch.cu_seqlens, batch.sequence_of_token) / lengths[:, None]
 
 
 def positions_of_tokens(input_ids: Tensor, pad_token_id: int) -> Tensor:

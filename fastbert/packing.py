@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastbert.kernels.ops import Layout
+from fastbert.segments import owners
 
 IGNORE_INDEX = -100
 
@@ -80,8 +81,7 @@ class PackedBatch:
     @cached_property
     def sequence_of_token(self) -> Tensor:
         """[tokens] int64, the sequence of each row; the number of slots in tail rows."""
-        rows = torch.arange(self.capacity, device=self.cu_seqlens.device, dtype=torch.int32)
-        return torch.searchsorted(self.cu_seqlens[1:].contiguous(), rows, right=True)
+        return owners(self.cu_seqlens, self.capacity)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """The same batch with its tensors on `device`, the layout among them."""

@@ -48,7 +48,7 @@ class _Recorder(TorchDispatchMode):
 
 
 class SimulatedGraph:
-    """As `fastbert.training.step.CudaGraph`.
+    """As `fastbert.training.step.CudaGraphs`.
 
     Attributes:
         kept: tensors that outlive a step; a test names them, since recording, unlike capture, does
@@ -57,11 +57,9 @@ class SimulatedGraph:
 
     kept: ClassVar[list[Tensor]] = []
 
-    def __init__(self) -> None:
-        self._calls: list[Callable[[], None]] = []
-
-    def record(self, work: Callable[[], Any]) -> Any:
+    def record(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """Record `work`, which changes nothing that is kept."""
+        calls: list[Callable[[], None]] = []
         before = [tensor.detach().clone() for tensor in self.kept]
         original = launch.run
 
@@ -71,25 +69,26 @@ class SimulatedGraph:
 
             with torch.utils._python_dispatch._disable_current_modes():
                 again()
-            self._calls.append(again)
+            calls.append(again)
 
         launch.run = run  # type: ignore[assignment]
         try:
-            with _Recorder(self._calls):
-                return work()
+            with _Recorder(calls):
+                results = work()
         finally:
             launch.run = original
             with torch.no_grad():
                 for tensor, value in zip(self.kept, before, strict=True):
                     tensor.copy_(value)
 
-    def replay(self) -> None:
-        """Do it again."""
-        with torch.no_grad():
-            for call in self._calls:
-                call()
+        def replay() -> None:
+            with torch.no_grad():
+                for call in calls:
+                    call()
 
-    @staticmethod
+        return replay, results
+
     @contextlib.contextmanager
-    def aside() -> Iterator[None]:
+    def aside(self) -> Iterator[None]:
+        """Nothing is beside a CPU."""
         yield

@@ -19,7 +19,7 @@ FOLDERS = {"fastbert": "fastbert", "fastbert.kernels": "kernels", "fastbert.benc
 
 # a part is the first name below fastbert; each may import itself and these, anybody GROUND
 GROUND = {"adapters", "errors", "files", "threads"}
-FORMATS = {"family", "families", "config", "checkpoint", "packing", "outputs", "losses"}
+FORMATS = {"family", "families", "config", "checkpoint", "packing", "outputs", "losses", "segments"}
 MODULES = {"kernels", "norm", "linear", "encoder", "pre_norm", "heads", "model", "models"}
 MODULES |= {"replaced_tokens"}
 ENGINE = FORMATS | MODULES | {"tokenizer", "special_tokens"}
@@ -36,11 +36,12 @@ MAY_IMPORT = {
     "family": set(),
     "families": {"family"},
     "config": {"family", "families"},
-    "packing": {"kernels"},
+    "packing": {"kernels", "segments"},
+    "segments": set(),
     "special_tokens": set(),
     "tokenizer": {"special_tokens"},
     "outputs": {"packing"},
-    "losses": {"packing"},
+    "losses": {"packing", "segments"},
     "checkpoint": {"config", "family", "families"},
     "norm": set(),
     "linear": {"kernels"},

@@ -21,6 +21,9 @@ from fastbert.tasks.saved import Saved
 from fastbert.training import finetune as finetune_module
 from fastbert.training import finetune_run
 from fastbert.training.finetune import finetune, refuse_unfit
+from fastbert.training.finetune_config import FinetuneConfig
+from fastbert.training.finetune_run import Run
+from fastbert.training.meter import NoMeter
 from fastbert.training.methods import (
     class_weights,
     count_layers,
@@ -146,6 +149,17 @@ def test_rare_classes_count_more_and_the_mean_stays_one() -> None:
     assert weights.tolist() == pytest.approx([8 / 12, 2.0, 0.0])
     assert float(weights.numpy() @ counts) == pytest.approx(counts.sum())
     assert class_weights("none", counts) is None
+
+
+def test_class_weights_are_sent_to_the_model_once(tmp_path) -> None:
+    rows = texts(6, 0)
+    task = fitted(rows)
+    units = task.build(rows, tiny_tokenizer())
+    settings = {"class_weights": "balanced", "batch_size": 2, "dtype": "fp32"}
+    wanted = FinetuneConfig("model", "train", "eval", str(tmp_path), **settings)
+    model = tiny_model().to("meta")
+    run = Run(task, model, tiny_tokenizer(), units, rows, units, wanted, tmp_path, NoMeter())
+    assert run.step.shaping.class_weights.device == torch.device("meta")
 
 
 def fitted(rows) -> Classify:

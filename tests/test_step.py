@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import types
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from fastbert.training.loss_scale import LossScale
 from fastbert.training.muon import Muon, orthogonalised
 from fastbert.training.optimizer import OPTIMIZERS, Optimizers
 from fastbert.training.pretrain import PretrainConfig, pretrain
-from fastbert.training.step import WARM_STEPS, CapturedStep, TrainingStep
+from fastbert.training.step import WARM_STEPS, CapturedStep, CudaGraphs, TrainingStep
 
 LENGTHS = [17, 9, 30]
 
@@ -239,6 +241,60 @@ def test_other_shapes_get_a_graph_of_their_own_until_there_are_many(simulated, m
     assert run.step.replayed == 2 and run.step.eager == WARM_STEPS + 1
 
 
+def test_every_shape_runs_once_before_it_is_captured(simulated):
+    """A kernel that is compiled within a capture is an error."""
+    run = Run(graph=simulated)
+    one, two = [batch_of(0)], [batch_of(1), batch_of(2)]
+    seen = []
+    for batches in (one, one, one, two, two, one, two):
+        captured(run)
+        before = run.step.eager
+        run.step(batches, None, 1.0)
+        seen.append("eager" if run.step.eager > before else "replayed")
+    assert seen == ["eager"] * 4 + ["replayed"] * 3
+
+
+class Streams:
+    """What torch.cuda is asked for by captured steps."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.made, self.pools, self.entered = 0, [], 0
+        for name, value in (
+            ("Stream", self._stream),
+            ("current_stream", lambda: types.SimpleNamespace(wait_stream=lambda other: None)),
+            ("stream", self._enter),
+            ("graph_pool_handle", object),
+            ("CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: None)),
+            ("graph", self._record),
+        ):
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def _stream(self):
+        self.made += 1
+        return types.SimpleNamespace(wait_stream=lambda other: None)
+
+    def _enter(self, stream):
+        self.entered += 1
+        return contextlib.nullcontext()
+
+    def _record(self, graph, pool):
+        self.pools.append(pool)
+        return contextlib.nullcontext()
+
+
+def test_graphs_share_their_memory_and_one_stream_beside(simulated, monkeypatch):
+    monkeypatch.setattr("fastbert.training.step.MOST_GRAPHS", 2)
+    streams = Streams(monkeypatch)
+    run = Run(graph=CudaGraphs)
+    shapes = [[batch_of(seed) for seed in range(count)] for count in (1, 2, 3)]
+    for batches in (*[shapes[0]] * 4, *[shapes[1]] * 2, *[shapes[2]] * 2):
+        run.step(batches, None, 1.0)
+    assert (run.step.eager, run.step.replayed) == (WARM_STEPS + 3, 2)
+    assert streams.made == 1 and len(streams.pools) == 2 and len(set(streams.pools)) == 1
+    # shapes that no graph is made of stay on the stream where all else is
+    assert streams.entered == WARM_STEPS + 1
+
+
 def test_results_outlive_the_next_replay(simulated):
     run = Run(graph=simulated)
     results = []
@@ -253,6 +309,7 @@ def test_reading_the_device_within_a_step_is_seen(simulated, monkeypatch):
     run = Run(graph=simulated)
     monkeypatch.setattr("fastbert.training.step.WARM_STEPS", 0)
     run.step.step.clip_norm = 1.0
+    run.step([batch_of(0)], None, 1.0)
     original = Optimizers.update
 
     def reading(self, clip_norm):

@@ -170,12 +170,11 @@ class Answer(Task):
 
     def loss(self, outputs: Outputs, batch: TaskBatch, targets: Targets, shaping: Shaping) -> Loss:
         assert outputs.tokens is not None and batch.places is not None
-        # tail rows belong to no sequence
-        logits = outputs.tokens[: batch.num_tokens]
         starts = batch.cu_seqlens.long()
         within = batch.places - starts[:-1, None]
         start, end = (
-            choice_loss(logits[:, side], starts, within[:, side], shaping) for side in (0, 1)
+            choice_loss(outputs.tokens[:, side], starts, within[:, side], shaping)
+            for side in (0, 1)
         )
         total = (start.total + end.total) / 2
         # how often the start is right, which stands for both

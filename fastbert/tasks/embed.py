@@ -245,19 +245,19 @@ def in_batch_loss(vectors: Tensor, cu_units: Tensor, scale: float, shaping: Shap
         shaping: label smoothing.
     """
     anchors = cu_units[:-1]
-    is_other = vectors.new_ones(len(vectors), dtype=torch.bool)
-    is_other[anchors] = False
+    is_anchor = torch.zeros(len(vectors), dtype=torch.bool, device=vectors.device)
+    is_anchor = is_anchor.index_fill(0, anchors, True)
     scores = scale * vectors[anchors] @ vectors.T
-    scores = scores.masked_fill(~is_other[None, :], float("-inf"))
+    scores = scores.masked_fill(is_anchor, float("-inf"))
     positives = anchors + 1
-    if shaping.label_smoothing:
-        # anchors are no candidates, and must not take part in the smoothing either
-        others = is_other.nonzero().squeeze(1)
-        scores = scores[:, others]
-        positives = torch.searchsorted(others, positives)
-    loss = F.cross_entropy(
-        scores, positives, reduction="sum", label_smoothing=shaping.label_smoothing
-    )
+    logs = scores.log_softmax(dim=-1)
+    loss = F.nll_loss(logs, positives, reduction="sum")
+    smooth = shaping.label_smoothing
+    if smooth:
+        # anchors are no candidates, and take no part in the smoothing either
+        candidates = len(vectors) - len(anchors)
+        spread = logs.masked_fill(is_anchor, 0.0).sum() / candidates
+        loss = (1.0 - smooth) * loss - smooth * spread
     return Loss(loss, (scores.argmax(dim=-1) == positives).sum())
 
 

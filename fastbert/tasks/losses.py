@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.packing import IGNORE_INDEX
+from fastbert.segments import owners, segment_sum
 
 
 class Loss(NamedTuple):
@@ -29,7 +30,8 @@ class Shaping:
     """What a run changes about its task's loss.
 
     Attributes:
-        class_weights: [classes] float32, mean 1 over the training examples; None for equal ones.
+        class_weights: [classes] float32 where the model is, mean 1 over the training examples;
+            None for equal ones.
         label_smoothing: share of the target spread over all classes (Szegedy et al. 2016).
     """
 
@@ -49,11 +51,10 @@ def widened(values: Tensor) -> Tensor:
 
 def class_loss(logits: Tensor, labels: Tensor, shaping: Shaping) -> Loss:
     """Cross-entropy of [rows, classes] logits against [rows] labels, -100 for none."""
-    weights = shaping.class_weights
     loss = F.cross_entropy(
         widened(logits),
         labels,
-        weight=None if weights is None else weights.to(logits.device),
+        weight=shaping.class_weights,
         ignore_index=IGNORE_INDEX,
         reduction="sum",
         label_smoothing=shaping.label_smoothing,
@@ -65,11 +66,10 @@ def binary_loss(logits: Tensor, values: Tensor, shaping: Shaping) -> Loss:
     """Mean over labels of binary cross-entropies, [rows, labels] logits against 0 and 1."""
     smooth = shaping.label_smoothing
     target = values * (1.0 - smooth) + 0.5 * smooth
-    weights = shaping.class_weights
     losses = F.binary_cross_entropy_with_logits(
         widened(logits),
         target.to(widened(logits).dtype),
-        pos_weight=None if weights is None else weights.to(logits.device),
+        pos_weight=shaping.class_weights,
         reduction="none",
     )
     right = ((logits > 0) == (values > 0.5)).all(dim=-1)
@@ -87,37 +87,34 @@ def pool_units(values: Tensor, cu_units: Tensor, how: str) -> Tensor:
     counts = cu_units[1:] - cu_units[:-1]
     if len(counts) == len(values):
         return values
-    owner = torch.repeat_interleave(counts, output_size=len(values))
+    owner = owners(cu_units, len(values))
+    if how == "mean":
+        return segment_sum(widened(values), cu_units, owner) / counts[:, None]
     index = owner[:, None].expand_as(values)
     empty = values.new_zeros((len(counts), values.shape[1]))
-    kind = {"mean": "mean", "max": "amax"}[how]
-    return empty.scatter_reduce(0, index, values, kind, include_self=False)
-
-
-def owners(cu_units: Tensor, sequences: int) -> Tensor:
-    """[sequences] int64, the unit of each."""
-    return torch.repeat_interleave(cu_units[1:] - cu_units[:-1], output_size=sequences)
+    return empty.scatter_reduce(0, index, values, "amax", include_self=False)
 
 
 def choice_loss(scores: Tensor, cu_units: Tensor, labels: Tensor, shaping: Shaping) -> Loss:
     """Cross-entropy among the choices of each unit, which may have any number of them.
 
     Args:
-        scores: [sequences], one a choice.
+        scores: [sequences], one a choice; what is past the last unit may hold anything.
         cu_units: [units + 1].
         labels: [units], which choice is right.
         shaping: label smoothing spreads over the unit's own choices.
     """
-    wide = widened(scores)
-    owner = owners(cu_units, len(wide))
     units = len(cu_units) - 1
-    top = wide.detach().new_full((units,), float("-inf"))
+    owner = owners(cu_units, len(scores))
+    wide = widened(scores).masked_fill(owner == units, 0.0)
+    top = wide.detach().new_full((units + 1,), float("-inf"))
     top = top.scatter_reduce(0, owner, wide.detach(), "amax")
-    total = wide.new_zeros(units).index_add(0, owner, (wide - top[owner]).exp())
+    total = segment_sum((wide - top[owner]).exp(), cu_units, owner)
+    top = top[:units]
     log_sum = total.log() + top
     right = wide[cu_units[:-1] + labels]
     smooth = shaping.label_smoothing
     counts = (cu_units[1:] - cu_units[:-1]).to(wide.dtype)
-    mean = wide.new_zeros(units).index_add(0, owner, wide) / counts
+    mean = segment_sum(wide, cu_units, owner) / counts
     target = (1.0 - smooth) * right + smooth * mean if smooth else right
     return Loss((log_sum - target).sum(), (right.detach() == top).sum())

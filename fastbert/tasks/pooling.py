@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from fastbert.model import mean_of_tokens
 from fastbert.packing import PackedBatch
 from fastbert.tasks.losses import widened
 
@@ -21,9 +21,4 @@ def pool_tokens(hidden_states: Tensor, batch: PackedBatch, how: str) -> Tensor:
     """
     if how == "cls":
         return widened(hidden_states[batch.first_tokens])
-    starts = batch.cu_seqlens.long()
-    lengths = starts[1:] - starts[:-1]
-    owner = torch.repeat_interleave(lengths, output_size=batch.num_tokens)
-    states = widened(hidden_states[: batch.num_tokens])
-    sums = states.new_zeros(len(lengths), states.shape[1]).index_add(0, owner, states)
-    return sums / lengths.clamp(min=1)[:, None]
+    return mean_of_tokens(hidden_states, batch)

@@ -84,7 +84,10 @@ class Run:
             rate_factor=layer_rates(count_layers(self.model), config.layer_decay),
         )
         counts = self.task.class_counts(self.training) if config.class_weights != "none" else None
-        shaping = Shaping(class_weights(config.class_weights, counts), config.label_smoothing)
+        weights = class_weights(config.class_weights, counts)
+        # sent once: a step that sends waits, and no graph can hold it
+        weights = None if weights is None else weights.to(self.device)
+        shaping = Shaping(weights, config.label_smoothing)
         self.state = TrainState()
         if config.resume:
             self.state = load_checkpoint(self.folder, self.model, self.optimizers)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,35 +206,41 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, dtype)
 
 
-class CudaGraph:
-    """Work on the device, recorded once and replayed at the cost of one launch."""
+class CudaGraphs:
+    """Work on the device, recorded once each and replayed at the cost of one launch.
+
+    All share one memory: what a replay leaves is to be copied before another one.
+    """
 
     def __init__(self) -> None:
-        self._graph = torch.cuda.CUDAGraph()
+        self._memory = torch.cuda.graph_pool_handle()
+        self._side = torch.cuda.Stream()
 
-    def record(self, work: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Record what `work` launches, without doing it; returns the memory of its results."""
-        with torch.cuda.graph(self._graph):
-            return work()
+    def record(
+        self, work: Callable[[], dict[str, Tensor]]
+    ) -> tuple[Callable[[], None], dict[str, Tensor]]:
+        """Record what `work` launches, without doing it.
 
-    def replay(self) -> None:
-        """Do it."""
-        self._graph.replay()
+        Returns:
+            What does it, and the memory of its results.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory):
+            results = work()
+        return graph.replay, results
 
-    @staticmethod
     @contextlib.contextmanager
-    def aside() -> Any:
+    def aside(self) -> Iterator[None]:
         """Inside, work goes to a stream of its own, as capture asks of the steps before it."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
             yield
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self._side)
 
 
 @dataclass
 class _Recorded:
-    graph: CudaGraph
+    replay: Callable[[], None]
     inputs: Inputs
     sums: dict[str, Tensor]
 
@@ -242,20 +248,21 @@ class _Recorded:
 class CapturedStep:
     """A training step whose part on the device is one CUDA graph.
 
-    The first steps, and steps of shapes that came too late for a graph, run eagerly: the same
-    function, the same numbers.
+    The first steps, the first one of every shape, and steps of shapes that came too late for a
+    graph, run eagerly: the same function, the same numbers.
 
     Args:
         step: the eager step.
-        graph: records and replays.
+        graphs: record and replay.
 
     Attributes:
         replayed, eager: steps so far.
     """
 
-    def __init__(self, step: TrainingStep, graph: type[CudaGraph] = CudaGraph) -> None:
-        self.step, self._graph = step, graph
+    def __init__(self, step: TrainingStep, graphs: type[CudaGraphs] = CudaGraphs) -> None:
+        self.step, self._graphs = step, graphs()
         self._recorded: dict[Any, _Recorded] = {}
+        self._tried: set[Any] = set()
         self.replayed = self.eager = 0
 
     def __call__(
@@ -264,25 +271,35 @@ class CapturedStep:
         """As TrainingStep."""
         shapes = tuple(batch.shapes() for batch in micro_batches)
         recorded = self._recorded.get(shapes)
-        warm = self.eager >= WARM_STEPS
-        if recorded is None and (not warm or len(self._recorded) == MOST_GRAPHS):
-            self.eager += 1
-            with self._graph.aside():
-                return self.step(micro_batches, rng, factor)
         if recorded is None:
+            late = len(self._recorded) == MOST_GRAPHS
+            # kernels made for a shape are compiled when it first runs, which no capture allows
+            if late or self.eager < WARM_STEPS or shapes not in self._tried:
+                return self._eagerly(micro_batches, rng, factor, None if late else shapes)
             recorded = self._recorded[shapes] = self._record(micro_batches, rng)
         self.step.optimizers.set_rates(factor)
         recorded.inputs.copy_(micro_batches, rng)
-        recorded.graph.replay()
+        recorded.replay()
         self.replayed += 1
         # the next replay writes over its results
         return _result(micro_batches, {name: t.clone() for name, t in recorded.sums.items()})
 
+    def _eagerly(
+        self, micro_batches: list[PackedBatch], rng: Rng | None, factor: float, shapes: Any
+    ) -> StepResult:
+        """Outside of any graph; `shapes` where a graph of them may follow."""
+        self.eager += 1
+        if shapes is None:
+            return self.step(micro_batches, rng, factor)
+        self._tried.add(shapes)
+        with self._graphs.aside():
+            return self.step(micro_batches, rng, factor)
+
     def _record(self, micro_batches: list[PackedBatch], rng: Rng | None) -> _Recorded:
         # memory of its own, on a CPU too
         inputs = Inputs.send(copy.deepcopy(micro_batches), rng, self.step.device)
-        graph = self._graph()
-        return _Recorded(graph, inputs, graph.record(lambda: self.step.compute(inputs, rng)))
+        replay, sums = self._graphs.record(lambda: self.step.compute(inputs, rng))
+        return _Recorded(replay, inputs, sums)
 
 
 def _result(micro_batches: list[PackedBatch], sums: dict[str, Tensor]) -> StepResult:
