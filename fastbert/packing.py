@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbert.kernels.ops import Layout
+from fastbert.kernels.ops import Layout, overwrite, sent
 from fastbert.segments import owners
 
 IGNORE_INDEX = -100
@@ -86,7 +86,7 @@ class PackedBatch:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """The same batch with its tensors on `device`, the layout among them."""
         moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=non_blocking)
+            f.name: sent(value, device, non_blocking=non_blocking)
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
@@ -116,7 +116,7 @@ class PackedBatch:
         for f in dataclasses.fields(self):
             value = getattr(other, f.name)
             if isinstance(value, Tensor):
-                getattr(self, f.name).copy_(value, non_blocking=True)
+                overwrite(getattr(self, f.name), value)
             else:
                 setattr(self, f.name, value)
         self.layout.copy_(other.layout)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastbert.kernels.groups import Group, plan_groups
+from fastbert.kernels.transfer import overwrite, sent
 
 # a tile that owns its sequences whole has at most this many rows
 OWNED_BLOCKS = (64, 128)
@@ -117,6 +118,11 @@ class Layout:
             self._tiles = _plan_tiles(self.cu_seqlens, self.capacity, self.block)
         return self._tiles
 
+    def prepare(self) -> None:
+        """Make rows and tiles now, on a thread that has the time."""
+        self.rows()
+        self.tiles()
+
     def groups(self, dtype: torch.dtype) -> list[Group]:
         """The plan of the reference path's attention in `dtype`; reads cu_seqlens on the host."""
         rounded = dtype.itemsize < 4
@@ -126,11 +132,10 @@ class Layout:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Layout:
         """The same layout on `device`, rows and tiles made before they travel."""
-        self.rows()
-        self.tiles()
+        self.prepare()
         tensors = (self.cu_seqlens, self.sample_ids, self._rows, self._tiles)
         cu_seqlens, sample_ids, rows, tiles = (
-            None if t is None else t.to(device, non_blocking=non_blocking) for t in tensors
+            None if t is None else sent(t, device, non_blocking=non_blocking) for t in tensors
         )
         assert cu_seqlens is not None
         return Layout(cu_seqlens, self.capacity, self.max_seqlen, sample_ids, rows, tiles)
@@ -147,7 +152,8 @@ class Layout:
                 "layout: a layout to copy must have the same capacity, max_seqlen, slots and "
                 f"sample ids, {ours}, got {theirs}"
             )
-        self.rows(), self.tiles(), other.rows(), other.tiles()
+        self.prepare()
+        other.prepare()
         for target, source in (
             (self.cu_seqlens, other.cu_seqlens),
             (self.sample_ids, other.sample_ids),
@@ -155,7 +161,7 @@ class Layout:
             (self._tiles, other._tiles),
         ):
             if target is not None and source is not None:
-                target.copy_(source, non_blocking=True)
+                overwrite(target, source)
         self._groups, self._num_tokens = {}, None
 
     def _shape(self) -> tuple[int, int, int, bool]:

@@ -37,6 +37,7 @@ from fastbert.kernels.layout import Layout
 from fastbert.kernels.masked_lm_ops import CrossEntropy, linear_cross_entropy, masked_lm_loss
 from fastbert.kernels.philox import Rng
 from fastbert.kernels.selected_qkv import selected_qkv
+from fastbert.kernels.transfer import overwrite, sent
 
 __all__ = [
     "Attended",
@@ -55,8 +56,10 @@ __all__ = [
     "layer_norm_with_sum",
     "linear_cross_entropy",
     "masked_lm_loss",
+    "overwrite",
     "rotary",
     "selected_qkv",
+    "sent",
     "use_backend",
     "with_attention_words",
 ]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
 from collections import Counter
 from itertools import islice
 
@@ -22,6 +23,7 @@ from fastbert.data.samples import Samples
 from fastbert.data.stream import Position, StreamConfig
 from fastbert.data.writer import Planned, Writer
 from fastbert.errors import InputError
+from fastbert.kernels.ops import Layout
 from fastbert.packing import IGNORE_INDEX, PackedBatch
 
 CONFIG = StreamConfig(Objective("sop"), token_budget=512, max_seq_len=64, seed=1)
@@ -337,3 +339,20 @@ def test_an_error_reaches_the_caller_and_the_thread_ends():
 def test_bad_numbers_of_workers():
     with pytest.raises(InputError, match="--loader-workers must be at least 0, got -1"):
         Loader(parts(), tiny_tokenizer(), CONFIG, workers=-1)
+
+
+@pytest.mark.parametrize("fixed_shapes", [False, True])
+def test_what_a_gpu_reads_is_made_ahead_of_the_step(fixed_shapes, monkeypatch):
+    """And nothing on a CPU, where nobody reads it."""
+    made: list[str] = []
+    original = Layout.prepare
+
+    def prepare(self):
+        made.append(threading.current_thread().name)
+        original(self)
+
+    monkeypatch.setattr(Layout, "prepare", prepare)
+    config = dataclasses.replace(CONFIG, fixed_shapes=fixed_shapes)
+    [(batch, _)] = batches(count=1, config=config)
+    assert set(made) == ({"batches"} if fixed_shapes else set())
+    assert ("layout" in batch.__dict__) == fixed_shapes

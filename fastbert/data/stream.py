@@ -149,6 +149,8 @@ class PretrainingStream:
                 if config.fixed_shapes:
                     # a compiled step is built for one value of it
                     batch.max_seqlen = config.max_seq_len
+                    # of such batches kernels read rows and tiles
+                    batch.layout.prepare()
                 yield batch
             self.position = Position(epoch, window + 1, 0)
 

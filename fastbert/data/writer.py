@@ -103,6 +103,8 @@ def lay_out(
         if planner.config.fixed_shapes:
             # a compiled step is built for one value of it
             batch.max_seqlen = planner.config.max_seq_len
+            # of such batches kernels read rows and tiles
+            batch.layout.prepare()
         yield batch, after
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert.kernels.ops import Rng
+from fastbert.kernels.ops import Rng, overwrite, sent
 from fastbert.models import Targets
 from fastbert.packing import PackedBatch
 from fastbert.training.fsdp import synchronise
@@ -65,16 +65,17 @@ class Inputs:
         batches = list(micro_batches)
         if device.type != "cpu":
             batches = [batch.to(device, non_blocking=True) for batch in micro_batches]
-        state = None if rng is None else _sent(_state(rng, numbers), device)
-        return cls(batches, state, _sent(_counts(targets), device), numbers)
+        state = None if rng is None else sent(_state(rng, numbers), device, non_blocking=True)
+        counts = sent(_counts(targets), device, non_blocking=True)
+        return cls(batches, state, counts, numbers)
 
     def copy_(self, micro_batches: list[PackedBatch], rng: Rng | None) -> None:
         """Write another step of the same shapes into this memory, without waiting."""
         for target, source in zip(self.batches, micro_batches, strict=True):
             target.copy_(source)
         if self.state is not None and rng is not None:
-            _write(self.state, _state(rng, self.numbers))
-        _write(self.targets, _counts(Targets.of(*micro_batches)))
+            overwrite(self.state, _state(rng, self.numbers))
+        overwrite(self.targets, _counts(Targets.of(*micro_batches)))
 
 
 class TrainingStep:
@@ -317,15 +318,3 @@ def _state(rng: Rng, numbers: range) -> Tensor:
 def _counts(targets: Targets) -> Tensor:
     counts = [max(targets.masked, 1), max(targets.labelled, 1)]
     return torch.tensor(counts, dtype=torch.float32)
-
-
-def _sent(host: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cuda":
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)
-
-
-def _write(target: Tensor, host: Tensor) -> None:
-    if target.is_cuda:
-        host = host.pin_memory()
-    target.copy_(host, non_blocking=True)
