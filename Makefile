@@ -27,6 +27,7 @@ export HF_HUB_OFFLINE := 1
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test test-slow kill-test gpu-test gpu-bench gpu-attention compile-matrix bench \
+	bench-check bench-gates figures \
 	support-table lint format clean clean-all
 
 help: ## list the targets
@@ -57,8 +58,17 @@ gpu-attention: ## attention beside its peers at lengths 32 to 8,192, with $PYTHO
 compile-matrix: $(STAMP)-test ## every kernel compiled for every GPU generation; needs no GPU
 	$(VENV_PYTHON) -m fastbert.bench validate --compile
 
-bench: $(STAMP)-bench ## one optimiser step beside transformers
-	$(VENV_PYTHON) -m fastbert.bench train-step
+bench: $(STAMP)-bench ## every suite beside its peers, charts and a page in runs/bench (QUICK=--quick)
+	$(VENV_PYTHON) -m fastbert.bench all $(QUICK)
+
+bench-check: $(STAMP)-bench ## the committed ratios of this class of machine, measured again
+	$(VENV_PYTHON) -m fastbert.bench check
+
+bench-gates: $(STAMP)-test ## kernels a layer, bytes, packing, registers: no worse than committed
+	$(VENV_PYTHON) -m fastbert.bench gates
+
+figures: $(STAMP)-bench ## README's figures and charts, from bench/results
+	$(VENV_PYTHON) -m fastbert.bench figures
 
 support-table: $(STAMP)-test ## README's table of families and models, from the tests that pass
 	$(VENV_PYTHON) tests/support_table.py --write

@@ -9,6 +9,7 @@ on a CPU sdpa would otherwise keep the probabilities that it does not keep on a 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 
 import torch
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = EncoderConfig.named(options.size, vocab_size=1000, num_hidden_layers=2)
     found = measure(config, device)
+    if options.json:
+        print(json.dumps(found))
+        return 0
     print(ops.describe(device))
     print(f"{'program':<24} {'bytes a token and layer':>24} {'share':>6}  goal")
     for name, count in found.items():
@@ -124,4 +128,5 @@ def _theirs(config: EncoderConfig, sequences: int, device: torch.device) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastbert.bench activations", description=__doc__)
     parser.add_argument("--size", default="base", help="of the model (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="the figures alone, as JSON")
     return parser

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.kernels import ops
-from fastbert.kernels.ops import Rng
+from fastbert.kernels.ops import Layout, Rng
 
 # of the embedding
 VOCABULARY, POSITIONS, SEGMENTS = 30522, 512, 2
@@ -75,7 +75,7 @@ def _norms(rows: int, itemsize: int, width: int, backward: bool) -> Iterator[Ope
     yield Operator(
         "layer_norm" + _direction(backward),
         ours=ops.layer_norm,
-        plain=_plain_norm,
+        plain=plain_norm,
         moved_bytes=tensors * rows * width * itemsize,
         liger=_liger_norm,
         **common,
@@ -83,7 +83,7 @@ def _norms(rows: int, itemsize: int, width: int, backward: bool) -> Iterator[Ope
     yield Operator(
         "layer_norm, dropout" + _direction(backward),
         ours=_dropped_norm,
-        plain=_plain_dropped_norm,
+        plain=functools.partial(plain_norm, dropout_p=DROPOUT),
         moved_bytes=(tensors + backward) * rows * width * itemsize,
         **common,
     )
@@ -97,7 +97,7 @@ def _feed_forward(rows: int, itemsize: int, hidden_size: int, backward: bool) ->
         (rows, hidden_size, intermediate_size),
         ("bias_activation_fwd", "bias_activation_bwd")[: 1 + backward],
         ops.feed_forward,
-        _plain_feed_forward,
+        plain_feed_forward,
         _feed_forward_inputs(hidden_size, intermediate_size),
         backward,
         (2 + 3 * backward) * rows * hidden_size * itemsize,
@@ -116,7 +116,7 @@ def _embedding(rows: int, itemsize: int, width: int, backward: bool) -> Operator
         (rows, width),
         ("embedding_fwd", "embedding_bwd")[: 1 + backward],
         _embedded,
-        _plain_embedded,
+        functools.partial(plain_embedding, dropout_p=DROPOUT),
         _embedding_inputs(width),
         backward,
         2 * rows_bytes + backward * (2 * rows_bytes + 4 * rows * width * 4 + tables),
@@ -176,24 +176,39 @@ def _embedded(**tensors: Any) -> Tensor:
     return ops.embedding(**tensors, dropout_p=DROPOUT, rng=_draw(tensors["input_ids"]))
 
 
-def _plain_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor, residual: Tensor
+def plain_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float = 1e-12,
+    dropout_p: float = 0.0,
+    rng: Rng | None = None,
 ) -> Tensor:
-    return F.layer_norm(x + x_bias + residual, weight.shape, weight, bias, 1e-12)
+    """ops.layer_norm as plain PyTorch writes it: a pass for each part."""
+    total = x if x_bias is None else x + x_bias
+    total = F.dropout(total, dropout_p) if dropout_p else total
+    total = total if residual is None else total + residual
+    return F.layer_norm(total, weight.shape, weight, bias, eps)
 
 
-def _plain_dropped_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor, residual: Tensor
+def plain_feed_forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor | None = None,
+    *,
+    activation: str = "gelu",
 ) -> Tensor:
-    total = F.dropout(x + x_bias, DROPOUT) + residual
-    return F.layer_norm(total, weight.shape, weight, bias, 1e-12)
+    """ops.feed_forward likewise."""
+    approximate = "tanh" if activation == "gelu_new" else "none"
+    return F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2)
 
 
-def _plain_feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
-    return F.linear(F.gelu(F.linear(x, w1, b1)), w2)
-
-
-def _plain_embedded(
+def plain_embedding(
     input_ids: Tensor,
     position_ids: Tensor,
     token_type_ids: Tensor,
@@ -202,11 +217,17 @@ def _plain_embedded(
     token_type_weight: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
+    *,
+    layout: Layout | None = None,
+    eps: float = 1e-12,
+    dropout_p: float = 0.0,
+    rng: Rng | None = None,
 ) -> Tensor:
+    """ops.embedding likewise; a tail is embedded like text."""
     total = F.embedding(input_ids, word_weight) + F.embedding(position_ids, position_weight)
     total = total + F.embedding(token_type_ids, token_type_weight)
-    normed = F.layer_norm(total, norm_weight.shape, norm_weight, norm_bias, 1e-12)
-    return F.dropout(normed, DROPOUT)
+    normed = F.layer_norm(total, norm_weight.shape, norm_weight, norm_bias, eps)
+    return F.dropout(normed, dropout_p) if dropout_p else normed
 
 
 def _liger_norm(**tensors: Tensor) -> Tensor:
