@@ -50,6 +50,11 @@ def _drawn(packed: Packed, dropout_p: float, number: int, site: int) -> Rng | No
     return rng.at(number, site) if rng else None
 
 
+def _drawn_for_attention(packed: Packed, dropout_p: float, heads: int, number: int) -> Rng | None:
+    rng = packed.attention_draws(dropout_p, heads)
+    return rng.at(number, _ATTENTION) if rng else None
+
+
 def _attention(
     projections: list[Any],
     hidden_states: Tensor,
@@ -61,7 +66,7 @@ def _attention(
     options: dict[str, Any] = {
         "layout": packed.layout,
         "dropout_p": dropout_p,
-        "rng": _drawn(packed, dropout_p, number, _ATTENTION),
+        "rng": _drawn_for_attention(packed, dropout_p, heads[0], number),
     }
     cu_seqlens = packed.layout.cu_seqlens
     if all(is_plain(module) and module.bias is not None for module in projections):
@@ -93,7 +98,7 @@ def pre_norm_layer(
         packed.layout.cu_seqlens,
         layout=packed.layout,
         dropout_p=rates.attention,
-        rng=_drawn(packed, rates.attention, number, _ATTENTION),
+        rng=_drawn_for_attention(packed, rates.attention, config.num_attention_heads, number),
         window=(settings.window,) * 2 if kind == "sliding_attention" else None,
     )
     attended = ops.dropout(

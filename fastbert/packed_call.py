@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastbert.kernels import ops
 from fastbert.kernels.ops import Layout, Rng
 from fastbert.packing import unpack
 
@@ -86,6 +87,14 @@ class Packed:
             rng = Rng(int(torch.randint(1 << 62, ())))
             self.rng = rng if self.device.type == "cpu" else rng.on(self.device)
         return self.rng if dropout_p else None
+
+    def attention_draws(self, dropout_p: float, heads: int) -> Rng | None:
+        """`draws`, with the words of attention's masks: drawn once for all layers."""
+        rng = self.draws(dropout_p)
+        if rng is not None and rng.words is None:
+            rng = ops.with_attention_words(rng, self.layout.capacity, heads, self.device)
+            self.rng = rng
+        return rng
 
     def positions(self) -> Tensor:
         """[tokens] int64, each token's column of the padded batch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 
 import pytest
@@ -15,6 +16,7 @@ import fastbert
 from fastbert import fast_layers
 from fastbert.errors import InputError
 from fastbert.families import FAMILIES
+from fastbert.kernels import ops
 from fastbert.packed_call import Packed
 
 NAME = "BertForSequenceClassification"
@@ -313,3 +315,34 @@ def test_under_torch_compile(family):
         fastbert.accelerate(fast)
         assert torch.equal(compiled(**batch).logits, fast(**batch).logits)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_words_of_attention_are_drawn_once_for_all_layers(family, dropout_p, monkeypatch):
+    """Kernels that find none draw their own, in every layer."""
+    drawn, used = [], []
+    attention = ops.fused_qkv_attention
+
+    def with_words(rng, tokens, heads, device):
+        drawn.append((tokens, heads, device))
+        return dataclasses.replace(rng, words=torch.zeros(2, heads, tokens, dtype=torch.int32))
+
+    def spied(*arguments, **options):
+        used.append(options["rng"] and options["rng"].words)
+        return attention(*arguments, **options)
+
+    monkeypatch.setattr(ops, "with_attention_words", with_words)
+    monkeypatch.setattr(ops, "fused_qkv_attention", spied)
+    names = ("attention_dropout", "attention_probs_dropout_prob")
+    _, fast = pair(family, **{names[family == "bert"]: dropout_p})
+    batch = padded_batch(family, "BertModel", 0)
+    fast.train()(**batch)
+    heads, layers = fast.config.num_attention_heads, fast.config.num_hidden_layers
+    tokens = int(batch["attention_mask"].sum())
+    assert len(used) == layers > 1
+    if dropout_p:
+        assert drawn == [(tokens, heads, torch.device("cpu"))]
+        assert all(words is used[0] for words in used)
+    else:
+        assert not drawn and used == [None] * layers
