@@ -21,6 +21,7 @@ from fastbert.data.plan import Planner
 from fastbert.data.regions import Part, hold_out
 from fastbert.data.samples import Samples
 from fastbert.data.stream import Position, StreamConfig
+from fastbert.data.tokenized import TokenizedCorpus
 from fastbert.data.writer import Planned, Writer
 from fastbert.errors import InputError
 from fastbert.kernels.ops import Layout
@@ -229,8 +230,8 @@ def test_what_is_written_together_changes_nothing(masking, monkeypatch):
     config = dataclasses.replace(
         CONFIG, masking=masking, fixed_shapes=True, final_mask_probability=0.3, steps=8
     )
-    most = 40 if masking == "span" else 10**6
-    monkeypatch.setattr(module, "most_masked", lambda config: most)
+    most = 40 if masking == "span" else 10**4
+    monkeypatch.setattr(plan, "masked_slots", lambda *_: most)
     found = {}
     for tokens in (1, 4 * config.token_budget):
         monkeypatch.setattr(module, "TOKENS_TOGETHER", tokens)
@@ -356,3 +357,48 @@ def test_what_a_gpu_reads_is_made_ahead_of_the_step(fixed_shapes, monkeypatch):
     [(batch, _)] = batches(count=1, config=config)
     assert set(made) == ({"batches"} if fixed_shapes else set())
     assert ("layout" in batch.__dict__) == fixed_shapes
+
+
+@pytest.mark.parametrize("masking", ["token", "whole-word", "span"])
+@pytest.mark.parametrize("final", [None, 0.3])
+def test_slots_of_targets_are_few_and_nearly_always_enough(masking, final, monkeypatch):
+    """A head computes every slot."""
+    monkeypatch.undo()
+    config = StreamConfig(
+        Objective("sop"), 4096, 128, masking=masking, final_mask_probability=final, steps=9
+    )
+    config = dataclasses.replace(config, fixed_shapes=True)
+    parts = [Part.whole(random_corpus(1500))]
+    planner = Planner(parts, tiny_tokenizer(), config)
+    share = final or 0.15
+    assert planner.masked <= (1.15 if masking == "token" else 1.4) * share * 4096
+    settings = dataclasses.replace(config, mask_probability=share, final_mask_probability=None)
+    for fixed in (True, False):
+        settings = dataclasses.replace(settings, fixed_shapes=fixed)
+        counts = [batch.num_masked for batch in one_pass(parts, tiny_tokenizer(), settings)]
+        assert len(counts) > 40 and max(counts) < planner.masked
+        assert sum(counts) > 0.9 * 0.95 * share * 4096 * len(counts)
+
+
+def test_slots_are_enough_where_every_sequence_has_its_one_target():
+    """Of texts of three tokens one is masked, whatever the share."""
+    corpus = TokenizedCorpus(
+        ids=np.full(900, 9, dtype=np.uint16),
+        sentence_starts=np.arange(0, 901, 3),
+        document_starts=np.arange(301),
+    )
+    config = dataclasses.replace(
+        CONFIG, objective=Objective(), fixed_shapes=True, mask_probability=0.01
+    )
+    found = one_pass([Part.whole(corpus)], tiny_tokenizer(), config)
+    assert all(batch.num_masked == batch.num_sequences > 50 for batch in found)
+
+
+def test_slots_do_not_depend_on_where_a_run_begins_or_who_asks():
+    config = dataclasses.replace(CONFIG, fixed_shapes=True)
+    whole = batches(count=30, config=config)
+    shapes = {batch.shapes() for batch, _ in whole}
+    resumed = batches(whole[22][1], count=2, config=config)
+    shared = batches(count=4, config=config, group=3, rank=2, ranks=3, workers=1)
+    shapes |= {batch.shapes() for batch, _ in (*resumed, *shared)}
+    assert len(shapes) == 1

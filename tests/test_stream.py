@@ -11,8 +11,11 @@ import pytest
 import torch
 from tiny import random_corpus, tiny_corpus, tiny_tokenizer
 
+from fastbert.data import plan
 from fastbert.data import stream as module
+from fastbert.data.loader import one_pass
 from fastbert.data.objectives import Objective
+from fastbert.data.regions import Part
 from fastbert.data.stream import (
     Position,
     PretrainingStream,
@@ -142,7 +145,7 @@ def test_fixed_shapes_never_vary(objective):
 
 
 def test_fixed_shapes_keep_their_promise_for_the_shortest_text():
-    """Nothing but sequences of a token or two: slots run out before the budget does."""
+    """Nothing but sequences of a token or two: there are slots for as many as the budget holds."""
     corpus = TokenizedCorpus(
         ids=np.full(900, 9, dtype=np.uint16),
         sentence_starts=np.arange(901),
@@ -152,6 +155,38 @@ def test_fixed_shapes_keep_their_promise_for_the_shortest_text():
     batches = list(PretrainingStream(corpus, tiny_tokenizer(), config).epoch_batches(0))
     assert sum(batch.num_sequences for batch in batches) == 900
     assert len({batch.cu_seqlens.shape for batch in batches}) == 1
+    assert len(batches) == -(-900 * 3 // 512)
+
+
+def test_slots_are_few_and_cost_no_batch():
+    rng = np.random.default_rng(0)
+    # a third is short, as sentences alone are
+    lengths = np.where(rng.random(4000) < 0.3, rng.integers(3, 40, 4000), 128)
+    fewest = len(best_fit(lengths, 4096))
+    slots = module.sequence_slots(lengths, 4096)
+    assert slots % module.SEQUENCE_STEP == 0
+    assert len(best_fit(lengths, 4096, slots)) == fewest
+    assert len(best_fit(lengths, 4096, int(slots / 1.25))) > fewest
+    assert module.sequence_slots(np.full(4000, 128), 4096) == 32
+
+
+@pytest.mark.parametrize("kind", ["stream", "loader"])
+def test_a_batch_that_runs_out_of_slots_is_closed(kind, monkeypatch):
+    """The first window stands for all, and another may be of shorter sequences."""
+    for file in (module, plan):
+        monkeypatch.setattr(file, "sequence_slots", lambda lengths, budget: 8)
+    config = dataclasses.replace(CONFIG, fixed_shapes=True)
+    free = dataclasses.replace(CONFIG, fixed_shapes=False)
+    counts = []
+    for settings in (config, free):
+        if kind == "stream":
+            source = PretrainingStream(tiny_corpus(), tiny_tokenizer(), settings)
+            batches = list(source.epoch_batches(0))
+        else:
+            batches = one_pass([Part.whole(tiny_corpus())], tiny_tokenizer(), settings)
+        counts.append([batch.num_sequences for batch in batches])
+    assert max(counts[0]) == 8 < max(counts[1])
+    assert sum(counts[0]) == sum(counts[1]) and len(counts[0]) > len(counts[1])
 
 
 def test_sizes_come_in_steps():

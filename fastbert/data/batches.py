@@ -84,7 +84,7 @@ def write_samples(
         masking: what is predicted as one, a name in `masking.STYLES`.
         mask_probability: share of the ordinary tokens to predict.
         draws: of this seed and epoch.
-        most_masked: targets a batch has room for; what long units may bring beyond is left out.
+        most_masked: targets a batch has room for; what chance brings beyond is left out.
         edges: [batches + 1] int64, where batches begin among the samples; None for one of all.
     """
     sizes = samples.ranges[:, :, 1] - samples.ranges[:, :, 0]
@@ -118,9 +118,9 @@ def write_samples(
             masking, input_ids, *where, vocabulary.is_subword, vocabulary.is_ideograph, draws
         )
         chosen = choose_units(*where, units, mask_probability, draws)
-        if most_masked is not None:
-            bounds = starts[[0, len(samples)] if edges is None else edges]
-            chosen = _at_most(chosen, bounds, most_masked)
+    if most_masked is not None:
+        bounds = starts[[0, len(samples)] if edges is None else edges]
+        chosen = _at_most(chosen, bounds, most_masked)
     owner = np.searchsorted(starts, chosen, "right") - 1
     if masking == "span":
         together = _unit_starts(ordinary, units)[chosen] - starts[owner]

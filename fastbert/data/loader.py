@@ -90,7 +90,8 @@ class Loader:
         }
         self.waited_s = 0.0
         ids = [part.corpus.ids for part in (*parts, *replay)]
-        self._writer = Writer(ids, Vocabulary.of(tokenizer), config)
+        most_masked = {length: planner.masked for length, planner in self._planners.items()}
+        self._writer = Writer(ids, Vocabulary.of(tokenizer), config, most_masked)
         self._ready: queue.Queue[tuple[PackedBatch, Position] | BaseException] = queue.Queue(
             max(DEPTH, 2 * batches_together(config))
         )
@@ -190,7 +191,9 @@ def one_pass(
 ) -> list[PackedBatch]:
     """Every sequence of a text once, the same each time: what scores are taken on."""
     planner = Planner(parts, tokenizer, config)
-    writer = Writer([part.corpus.ids for part in parts], Vocabulary.of(tokenizer), config)
+    ids = [part.corpus.ids for part in parts]
+    most_masked = {config.max_seq_len: planner.masked}
+    writer = Writer(ids, Vocabulary.of(tokenizer), config, most_masked)
     dealt = (
         Planned.alone(samples, draws, config.mask_probability, config.max_seq_len, Position())
         for samples, draws in planner.epoch()

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,12 +16,22 @@ import numpy as np
 from fastbert.data.draws import Draws
 from fastbert.data.regions import Part, Regions
 from fastbert.data.samples import Samples, plan_samples
-from fastbert.data.stream import MASKED_STEP, SEQUENCE_STEP, Position, StreamConfig
+from fastbert.data.stream import (
+    MASKED_STEP,
+    SEQUENCE_STEP,
+    Position,
+    StreamConfig,
+    rounded_up,
+    sequence_slots,
+)
 from fastbert.packing import Capacity, best_fit
 from fastbert.tokenizer import Tokenizer
 
 # batches a window holds; its last one may be part empty, so many make that small
 WINDOW_BATCHES = 256
+# how far above their share a batch's targets may be, for sequences round at random, by a token or
+# by a unit of several: for single tokens six standard deviations of one sequence each
+SPREAD_OF_TOKENS, SPREAD_OF_UNITS = 3.0, 16.0
 _REGIONS, _SAMPLES, _BATCHES, _REPLAY = range(200, 204)
 
 
@@ -42,6 +53,10 @@ class Planner:
         config: how text becomes batches.
         replay: older text, of which every window has `config.replay_share`. Its own epochs go on
             as it is used up, however often the text comes round.
+
+    Attributes:
+        sequences, masked: slots of every batch where shapes are fixed, the same wherever a run
+            begins; None where they are not.
     """
 
     def __init__(
@@ -61,9 +76,23 @@ class Planner:
         wanted = WINDOW_BATCHES * config.token_budget / self.regions.size
         self.windows = max(round(self.own * (1.0 + self.replay_rate) / max(wanted, 1.0)), 1)
         self._orders: dict[tuple[int, int], np.ndarray] = {}
+        self.sequences = self.masked = None
+        if config.fixed_shapes:
+            lengths = self._samples(0, 0).lengths
+            self.sequences = sequence_slots(lengths, config.token_budget)
+            dealt = [lengths[batch] for batch in self._packed(lengths)]
+            self.masked = masked_slots(config, dealt, self.sequences)
 
     def window(self, epoch: int, number: int) -> Window:
         """Plan one of an epoch's `windows`."""
+        draws = Draws(self.config.seed, epoch)
+        samples = self._samples(epoch, number)
+        batches = [np.sort(rows) for rows in self._packed(samples.lengths)]
+        order = draws.of(_BATCHES).of(number).permutation(len(batches))
+        return Window(samples, [batches[place] for place in order.tolist()], draws)
+
+    def _samples(self, epoch: int, number: int) -> Samples:
+        """A window's samples, shuffled."""
         draws = Draws(self.config.seed, epoch)
         edges = np.linspace(0, self.own, self.windows + 1).astype(np.int64)
         first, last = int(edges[number]), int(edges[number + 1])
@@ -72,10 +101,7 @@ class Planner:
             replayed = self._replayed(epoch * self.own + first, epoch * self.own + last)
             chosen = np.concatenate([chosen, replayed])
         samples = plan_samples(self.regions, chosen, self.config.objective, draws)
-        samples = samples[np.argsort(draws.of(_SAMPLES).words(samples.index), kind="stable")]
-        batches = [np.sort(rows) for rows in self._packed(samples.lengths)]
-        order = draws.of(_BATCHES).of(number).permutation(len(batches))
-        return Window(samples, [batches[place] for place in order.tolist()], draws)
+        return samples[np.argsort(draws.of(_SAMPLES).words(samples.index), kind="stable")]
 
     def _order(self, purpose: int, epoch: int) -> np.ndarray:
         """An epoch's regions of the text, or of replay; the last few are kept."""
@@ -119,18 +145,17 @@ class Planner:
     def capacity(self, sequences: int, masked: int) -> Capacity:
         """The stream is always as long as the budget; the rest is fixed, or a step of its size."""
         budget = self.config.token_budget
-        if self.config.fixed_shapes:
-            return Capacity(budget, _most_sequences(self.config), most_masked(self.config))
+        if self.sequences is not None and self.masked is not None:
+            return Capacity(budget, self.sequences, self.masked)
         return Capacity(
             tokens=budget,
-            sequences=_rounded_up(sequences, SEQUENCE_STEP),
-            masked=_rounded_up(masked, MASKED_STEP),
+            sequences=rounded_up(sequences, SEQUENCE_STEP),
+            masked=rounded_up(masked, MASKED_STEP),
         )
 
     def _packed(self, lengths: np.ndarray) -> list[list[int]]:
-        slots = _most_sequences(self.config) if self.config.fixed_shapes else None
-        batches = best_fit(lengths, self.config.token_budget, slots)
-        _fill_last(batches, lengths, self.config.token_budget, slots or len(lengths))
+        batches = best_fit(lengths, self.config.token_budget, self.sequences)
+        _fill_last(batches, lengths, self.config.token_budget, self.sequences or len(lengths))
         return batches
 
 
@@ -151,15 +176,17 @@ def _fill_last(batches: list[list[int]], lengths: np.ndarray, budget: int, slots
             tokens[last] += longest
 
 
-def most_masked(config: StreamConfig) -> int:
-    """Slots for targets where shapes are fixed: a sequence masks at most one over its share; of
-    words and spans it may be more, but hardly all sequences of a batch."""
-    return int(config.token_budget * config.most_masked) + _most_sequences(config)
+def masked_slots(config: StreamConfig, dealt: Sequence[np.ndarray], sequences: int) -> int:
+    """Targets that a batch of fixed shape has room for; what chance brings beyond is left out.
 
-
-def _most_sequences(config: StreamConfig) -> int:
-    return max(config.token_budget // 16, 1)
-
-
-def _rounded_up(count: int, step: int) -> int:
-    return -(-count // step) * step
+    Args:
+        config: the share of tokens that are targets.
+        dealt: lengths of the sequences of each batch of the first window.
+        sequences: slots of a batch.
+    """
+    share, added = config.most_masked, config.objective.added_tokens
+    # a sequence has one target at least
+    most = max(float(np.maximum(share * (lengths - added), 1.0).sum()) for lengths in dealt)
+    spread = SPREAD_OF_TOKENS if config.masking == "token" else SPREAD_OF_UNITS
+    room = max(most, share * config.token_budget) + spread * math.sqrt(sequences)
+    return rounded_up(math.ceil(room), MASKED_STEP)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastbert.data.masking import STYLES
-from fastbert.data.objectives import Objective, build_examples, plan_samples
+from fastbert.data.objectives import Objective, Samples, build_examples, plan_samples
 from fastbert.data.tokenized import TokenizedCorpus
 from fastbert.errors import InputError
 from fastbert.packing import Capacity, Examples, PackedBatch, best_fit
@@ -115,6 +115,10 @@ class PretrainingStream:
         self.tokenizer = tokenizer
         self.config = config
         self.position = position or Position()
+        self.sequences = None
+        if config.fixed_shapes:
+            samples, edges = self._plan(0)
+            self.sequences = sequence_slots(samples.lengths[: edges[1]], config.token_budget)
 
     def __iter__(self) -> Iterator[PackedBatch]:
         while True:
@@ -124,10 +128,7 @@ class PretrainingStream:
     def epoch_batches(self, epoch: int) -> Iterator[PackedBatch]:
         """The rest of an epoch from `position` on."""
         config = self.config
-        rng = np.random.default_rng([config.seed, epoch, _PLAN])
-        samples = plan_samples(self.corpus, config.objective, config.max_seq_len, rng)
-        samples = samples[rng.permutation(len(samples))]
-        edges = _window_edges(samples.lengths, config.token_budget * BATCHES_A_WINDOW)
+        samples, edges = self._plan(epoch)
         for window in range(self.position.window, len(edges) - 1):
             rng = np.random.default_rng([config.seed, epoch, _WINDOW, window])
             examples = build_examples(
@@ -139,8 +140,7 @@ class PretrainingStream:
                 rng,
             )
             examples.sample_ids = np.arange(edges[window], edges[window + 1])
-            slots = self._most_sequences() if config.fixed_shapes else None
-            batches = best_fit(examples.lengths, config.token_budget, slots)
+            batches = best_fit(examples.lengths, config.token_budget, self.sequences)
             order = rng.permutation(len(batches))
             for number in range(self.position.batch, len(batches)):
                 self.position = Position(epoch, window, number + 1)
@@ -154,21 +154,25 @@ class PretrainingStream:
                 yield batch
             self.position = Position(epoch, window + 1, 0)
 
-    def _most_sequences(self) -> int:
-        return max(self.config.token_budget // 16, 1)
+    def _plan(self, epoch: int) -> tuple[Samples, list[int]]:
+        """An epoch's samples, shuffled, and where its windows begin."""
+        config = self.config
+        rng = np.random.default_rng([config.seed, epoch, _PLAN])
+        samples = plan_samples(self.corpus, config.objective, config.max_seq_len, rng)
+        samples = samples[rng.permutation(len(samples))]
+        return samples, _window_edges(samples.lengths, config.token_budget * BATCHES_A_WINDOW)
 
     def _capacity(self, examples: Examples, chosen: np.ndarray) -> Capacity:
         """The stream is always as long as the budget; the rest is fixed, or a step of its size."""
         budget = self.config.token_budget
-        if self.config.fixed_shapes:
-            sequences = self._most_sequences()
+        if self.sequences is not None:
             # each sequence masks at most one token over its share
-            masked = int(budget * self.config.mask_probability) + sequences
-            return Capacity(budget, sequences, masked)
+            masked = int(budget * self.config.mask_probability) + self.sequences
+            return Capacity(budget, self.sequences, rounded_up(masked, MASKED_STEP))
         return Capacity(
             tokens=budget,
-            sequences=_rounded_up(len(chosen), SEQUENCE_STEP),
-            masked=_rounded_up(int(examples.num_masked[chosen].sum()), MASKED_STEP),
+            sequences=rounded_up(len(chosen), SEQUENCE_STEP),
+            masked=rounded_up(int(examples.num_masked[chosen].sum()), MASKED_STEP),
         )
 
 
@@ -234,5 +238,20 @@ def _window_edges(lengths: np.ndarray, tokens: int) -> list[int]:
     return [0, *np.searchsorted(total, marks).tolist(), len(lengths)]
 
 
-def _rounded_up(count: int, step: int) -> int:
+def sequence_slots(lengths: np.ndarray, budget: int) -> int:
+    """Sequences that a batch of fixed shape has room for: few, and batches are as full as without.
+
+    Args:
+        lengths: of a run's first window, which stands for all: text is shuffled.
+        budget: tokens a batch.
+    """
+    fewest = len(best_fit(lengths, budget))
+    slots = SEQUENCE_STEP
+    while slots * fewest < len(lengths) or len(best_fit(lengths, budget, slots)) > fewest:
+        slots = rounded_up(slots + max(slots // 8, 1), SEQUENCE_STEP)
+    return slots
+
+
+def rounded_up(count: int, step: int) -> int:
+    """The next multiple of `step`."""
     return -(-count // step) * step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from fastbert.data.batches import Vocabulary, write_samples
 from fastbert.data.draws import Draws
-from fastbert.data.plan import Planner, most_masked
+from fastbert.data.plan import Planner
 from fastbert.data.samples import Samples
 from fastbert.data.stream import Position, StreamConfig
 from fastbert.packing import Examples, PackedBatch
@@ -109,18 +109,30 @@ def lay_out(
 
 
 class Writer:
-    """Planned batches to examples; sent to worker processes once."""
+    """Planned batches to examples; sent to worker processes once.
+
+    Args:
+        ids: [tokens] of each part.
+        vocabulary: of the text.
+        config: how text becomes batches.
+        most_masked: targets a batch has room for, by the length of its sequences; None for any
+            number.
+    """
 
     def __init__(
-        self, ids: Sequence[np.ndarray], vocabulary: Vocabulary, config: StreamConfig
+        self,
+        ids: Sequence[np.ndarray],
+        vocabulary: Vocabulary,
+        config: StreamConfig,
+        most_masked: Mapping[int, int | None] | None = None,
     ) -> None:
         self.ids = [np.asarray(array) for array in ids]
-        self.vocabulary, self.config = vocabulary, config
+        self.vocabulary, self.config, self.most_masked = vocabulary, config, dict(most_masked or {})
         self._sources = [_source(array) for array in ids]
 
     def __reduce__(self) -> Any:
         # what lies on disk is mapped again over there, not sent
-        return _opened, (self._sources, self.vocabulary, self.config)
+        return _opened, (self._sources, self.vocabulary, self.config, self.most_masked)
 
     def __call__(self, planned: Planned) -> Examples:
         return write_samples(
@@ -130,7 +142,7 @@ class Writer:
             self.config.masking,
             planned.mask_probability,
             planned.draws,
-            most_masked(self.config) if self.config.fixed_shapes else None,
+            self.most_masked.get(planned.max_seq_len),
             planned.edges,
         )
 
@@ -141,8 +153,14 @@ def _source(array: np.ndarray) -> Any:
     return np.asarray, (array,)
 
 
-def _opened(sources: Sequence[Any], vocabulary: Vocabulary, config: StreamConfig) -> Writer:
-    return Writer([make(*arguments) for make, arguments in sources], vocabulary, config)
+def _opened(
+    sources: Sequence[Any],
+    vocabulary: Vocabulary,
+    config: StreamConfig,
+    most_masked: Mapping[int, int | None],
+) -> Writer:
+    ids = [make(*arguments) for make, arguments in sources]
+    return Writer(ids, vocabulary, config, most_masked)
 
 
 _writer: Writer | None = None
