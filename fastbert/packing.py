@@ -42,7 +42,7 @@ class PackedBatch:
             [sequences] or [sequences, numbers], NaN in unused slots.
         span_labels: [sequences, 2] int64, where an answer starts and ends (its last token), counted
             from the sequence's first token; -100 where there is none.
-        num_labelled: targets among the sequences.
+        num_labelled: targets among the sequences; of replaced-token detection, its real tokens.
         num_choices: neighbouring sequences that are one question's choices; the label, which of
             them is right, stands at the first.
     """

@@ -35,7 +35,7 @@ from fastbert.kernels.embedding_ops import embedding
 from fastbert.kernels.launch import describe, use_backend
 from fastbert.kernels.layout import Layout
 from fastbert.kernels.masked_lm_ops import CrossEntropy, linear_cross_entropy, masked_lm_loss
-from fastbert.kernels.philox import Rng
+from fastbert.kernels.philox import Rng, uniforms
 from fastbert.kernels.selected_qkv import selected_qkv
 from fastbert.kernels.transfer import overwrite, sent
 
@@ -60,6 +60,7 @@ __all__ = [
     "rotary",
     "selected_qkv",
     "sent",
+    "uniforms",
     "use_backend",
     "with_attention_words",
 ]

@@ -218,6 +218,20 @@ def keep_scale(dropout_p: float, bits: int = THRESHOLD_BITS) -> float:
     return steps / (steps - keep_threshold(dropout_p, bits))
 
 
+def uniforms(rng: Rng, row_count: int, device: torch.device | str = "cpu") -> Tensor:
+    """One number a row, [rows] float64, in (0, 1) in steps of 2^-52.
+
+    Raises:
+        ValueError: an rng that names another number of rows.
+    """
+    check_rows("uniforms", rng, row_count)
+    sequence, position = _coordinates(rng, row_count, device)
+    zero = torch.zeros_like(position)
+    high, low, _, _ = philox((zero, position, sequence, zero), _key(rng))
+    # the middle of each of 2^52 steps
+    return ((high << 20 | low >> 12).double() + 0.5) * 2.0**-52
+
+
 def check_rows(operator: str, rng: Rng, row_count: int) -> None:
     """Raise ValueError where the rng's row coordinates are for another number of rows."""
     for name, ids in (("sequence_ids", rng.sequence_ids), ("positions", rng.positions)):

@@ -29,7 +29,9 @@ SHORT_SEQUENCE_SHARE = 0.1
 MASK_SHARE, RANDOM_SHARE = 0.8, 0.1
 # a piece shorter than this is one segment: there is nothing to order
 SHORTEST_PAIR = 16
-_TERM = re.compile(r"(?:(?P<weight>\d+(?:\.\d+)?)\*)?(?P<name>mlm|nsp|sop[34]?)")
+_TERM = re.compile(r"(?:(?P<weight>\d+(?:\.\d+)?)\*)?(?P<name>mlm|nsp|sop[34]?|rtd)")
+# of the discriminator's loss (Clark et al. 2020, arXiv:2003.10555, section 3.1)
+DETECTION_WEIGHT = 50.0
 OBJECTIVE_FILE = "pretraining.json"
 
 
@@ -41,37 +43,50 @@ class Objective:
         pair: "nsp" (is the second segment the next one, or random), "sop" (in which order the
             segments are; Lan et al. 2019, arXiv:1909.11942, for two), or None.
         segments: that a sequence with a pair objective is split into.
-        mlm_weight, pair_weight: of each loss in the sum.
+        detection: replaced-token detection: a generator's masked LM, and a discriminator.
+        mlm_weight, pair_weight: of each loss in the sum; the discriminator's is the second.
     """
 
     pair: str | None = None
     segments: int = 2
     mlm_weight: float = 1.0
     pair_weight: float = 1.0
+    detection: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Objective:
-        """Read "mlm", "mlm+nsp", "mlm+sop", "mlm+sop3" or "mlm+sop4", each with "0.5*" before it.
+        """Read "mlm", "mlm+nsp", "mlm+sop", "mlm+sop3" or "mlm+sop4", each with "0.5*" before it,
+        or "rtd", whose weight is the discriminator's.
 
         Raises:
             InputError: anything else.
         """
         refused = InputError(
-            "--objective must be mlm, mlm+nsp, mlm+sop, mlm+sop3 or mlm+sop4, with weights such as "
-            f"mlm+0.5*sop, got {text!r}"
+            "--objective must be mlm, mlm+nsp, mlm+sop, mlm+sop3, mlm+sop4 or rtd, with weights "
+            f"such as mlm+0.5*sop, got {text!r}"
         )
         terms = [_TERM.fullmatch(term) for term in text.split("+")]
         if not 1 <= len(terms) <= 2 or any(term is None for term in terms):
             raise refused
         names = [term["name"] for term in terms if term]
         weights = [float(term["weight"] or 1.0) for term in terms if term]
-        if names[0] != "mlm" or "mlm" in names[1:] or not all(weight > 0 for weight in weights):
+        if names == ["rtd"] and terms[0]:
+            weight = weights[0] if terms[0]["weight"] else DETECTION_WEIGHT
+            if not weight > 0:
+                raise refused
+            return cls(pair_weight=weight, detection=True)
+        if (
+            "rtd" in names
+            or names[0] != "mlm"
+            or "mlm" in names[1:]
+            or not all(weight > 0 for weight in weights)
+        ):
             raise refused
         if len(names) == 1:
             return cls(mlm_weight=weights[0])
         kind = names[1][:3]
         segments = int(names[1][3:] or 2)
-        return cls(kind, segments, *weights)
+        return cls(kind, segments, weights[0], weights[1])
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> tuple[Objective, int | None]:
@@ -95,6 +110,9 @@ class Objective:
             file.write("\n")
 
     def __str__(self) -> str:
+        if self.detection:
+            own = self.pair_weight == DETECTION_WEIGHT
+            return "rtd" if own else f"{self.pair_weight:g}*rtd"
         terms = [(self.mlm_weight, "mlm")]
         if self.pair is not None:
             segments = str(self.segments) if self.segments > 2 else ""

@@ -100,6 +100,9 @@ def lay_out(
     for number, after in enumerate(planned.after):
         chosen = np.arange(edges[number], edges[number + 1])
         batch = examples.batch(chosen, planner.capacity(len(chosen), int(masked[number])))
+        if planner.config.objective.detection:
+            # every token is judged
+            batch.num_labelled = batch.num_tokens
         if planner.config.fixed_shapes:
             # a compiled step is built for one value of it
             batch.max_seqlen = planner.config.max_seq_len

@@ -18,6 +18,7 @@ from fastbert.errors import InputError
 from fastbert.models import BertForMaskedLM, BertForPreTraining, resolve_model
 from fastbert.packing import IGNORE_INDEX, PackedBatch
 from fastbert.tokenizer import Tokenizer
+from fastbert.training.detection import GENERATOR_FOLDER, ReplacedTokenPretraining
 from fastbert.training.loop import autocast, compute_dtype, default_device
 
 # masks and pairs of held-out text are the same in every evaluation
@@ -75,6 +76,10 @@ def evaluate_text(
     folder = resolve_model(model_path)
     trained_by, trained_len = Objective.load(folder)
     wanted = Objective.parse(objective) if objective else trained_by
+    if wanted.detection:
+        raise InputError(
+            f"{folder}: a discriminator predicts no tokens; name its {GENERATOR_FOLDER} folder"
+        )
     device = default_device()
     architecture = BertForPreTraining if wanted.pair else BertForMaskedLM
     model = architecture.from_pretrained(folder).to(device)
@@ -107,7 +112,9 @@ def unigram_log_probabilities(corpora: Sequence[TokenizedCorpus], vocab_size: in
 
 
 def evaluate_pretraining(
-    model: BertForPreTraining | BertForMaskedLM, batches: Sequence[PackedBatch], dtype: torch.dtype
+    model: BertForPreTraining | BertForMaskedLM | ReplacedTokenPretraining,
+    batches: Sequence[PackedBatch],
+    dtype: torch.dtype,
 ) -> dict[str, float]:
     """Score the masked-LM and the pair objective.
 
@@ -117,7 +124,8 @@ def evaluate_pretraining(
         dtype: of matrix products.
 
     Returns:
-        mlm_loss (nats a target), masked_accuracy, and pair_accuracy where there are pairs.
+        mlm_loss (nats a target), masked_accuracy, and pair_accuracy where there are pairs; for
+        replaced-token detection replaced_loss and replaced_accuracy.
 
     Raises:
         InputError: the batches hold no target.
@@ -129,7 +137,7 @@ def evaluate_pretraining(
             "is it in the language of the vocabulary?"
         )
     device = next(model.parameters()).device
-    loss = correct = pairs_correct = 0.0
+    loss = correct = pairs_correct = pairs_loss = 0.0
     with torch.no_grad(), autocast(device, dtype):
         for batch in batches:
             output = model(batch.to(device))
@@ -137,9 +145,13 @@ def evaluate_pretraining(
             correct += float(output.masked_lm_correct)
             if output.sequence_correct is not None:
                 pairs_correct += float(output.sequence_correct)
+                pairs_loss += float(output.sequence_loss_sum)
     pairs = sum(batch.num_labelled for batch in batches)
     figures = {"mlm_loss": loss / masked, "masked_accuracy": correct / masked}
-    if pairs:
+    if pairs and isinstance(model, ReplacedTokenPretraining):
+        figures["replaced_loss"] = pairs_loss / pairs
+        figures["replaced_accuracy"] = pairs_correct / pairs
+    elif pairs:
         figures["pair_accuracy"] = pairs_correct / pairs
     return figures
 

@@ -21,7 +21,14 @@ OPTIMIZERS = ("adamw", "muon", "lamb", "stable-adamw")
 CAPTURABLE = ("adamw", "muon")
 _LOSS_SCALE, _AVERAGE = "loss_scale", "average:"
 # an embedding's rows and a classifier's outputs are no map between hidden states
-_NOT_HIDDEN = ("embeddings.", "next_sentence.", "classifier.", "span.", "head.")
+_NOT_HIDDEN = (
+    "embeddings.",
+    "next_sentence.",
+    "classifier.",
+    "span.",
+    "head.",
+    "detection.projection.",
+)
 
 
 class Update(NamedTuple):

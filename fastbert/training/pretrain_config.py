@@ -36,7 +36,13 @@ class PretrainConfig:
     replay_share: float = field(default=0.2, metadata={"help": "of --replay in every window"})
     objective: str = field(
         default="mlm+sop",
-        metadata={"help": "mlm, mlm+nsp, mlm+sop, mlm+sop3 (six orders), weighted: mlm+0.5*sop"},
+        metadata={
+            "help": "mlm, mlm+nsp, mlm+sop, mlm+sop3 (six orders), weighted: mlm+0.5*sop; or rtd "
+            "(ELECTRA: a generator's replacements are to be found)"
+        },
+    )
+    generator_share: float = field(
+        default=0.25, metadata={"help": "of rtd: hidden size of the generator over --size's"}
     )
     max_minutes: float | None = field(
         default=None, metadata={"help": "end after so many minutes; warm-up and decay follow"}
@@ -199,7 +205,8 @@ class PretrainConfig:
             accumulation=self.accumulation,
             curriculum=self.curriculum(),
             clip_norm=self.clip_norm,
-            dropout=self.dropout > 0.0,
+            # the generator's draws are named like those of dropout
+            dropout=self.dropout > 0.0 or Objective.parse(self.objective).detection,
             seed=self.seed,
             dtype=self.dtype,
             cuda_graph=self.cuda_graph,

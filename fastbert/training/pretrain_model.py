@@ -10,16 +10,39 @@ from fastbert.config import EncoderConfig, refuse_foreign_tokenizer
 from fastbert.data.objectives import Objective
 from fastbert.errors import InputError
 from fastbert.models import BertForMaskedLM, BertForPreTraining, resolve_model
+from fastbert.training.detection import (
+    ReplacedTokenPretraining,
+    discriminator_config,
+    refuse_model,
+)
 from fastbert.training.methods import layer_rates
 from fastbert.training.optimizer import Optimizers
 from fastbert.training.pretrain_config import PretrainConfig
 from fastbert.training.pretrain_text import Text
 from fastbert.training.weight_average import WeightAverage
 
+PretrainingModel = BertForPreTraining | BertForMaskedLM | ReplacedTokenPretraining
 
-def build_model(config: PretrainConfig, text: Text) -> BertForPreTraining | BertForMaskedLM:
-    """Fresh weights, or those of `--model`."""
+
+def build_model(config: PretrainConfig, text: Text) -> PretrainingModel:
+    """Fresh weights, or those of `--model`, with the losses weighted as the objective says."""
     objective = Objective.parse(config.objective)
+    refuse_model(objective, config.model)
+    model = _build(config, text, objective)
+    model.loss_weights = (objective.mlm_weight, objective.pair_weight)
+    if isinstance(model, ReplacedTokenPretraining):
+        model.recompute(config.recompute)
+    else:
+        model.encoder.recompute = config.recompute
+    return model
+
+
+def _build(config: PretrainConfig, text: Text, objective: Objective) -> PretrainingModel:
+    if objective.detection:
+        wide = discriminator_config(config.encoder(text.tokenizer.vocab_size))
+        pair = ReplacedTokenPretraining(wide, config.generator_share, config.seed)
+        pair.generator.masked_lm.bias.data.copy_(torch.from_numpy(text.log_probabilities))
+        return pair
     architecture = BertForPreTraining if objective.pair else BertForMaskedLM
     vocab_size = text.tokenizer.vocab_size
     if config.model is None:
@@ -48,9 +71,7 @@ def build_model(config: PretrainConfig, text: Text) -> BertForPreTraining | Bert
     return architecture.from_pretrained(folder, config=changed, new_heads=True, seed=config.seed)
 
 
-def build_optimizers(
-    model: BertForPreTraining | BertForMaskedLM, config: PretrainConfig
-) -> Optimizers:
+def build_optimizers(model: PretrainingModel, config: PretrainConfig) -> Optimizers:
     """As the settings say."""
     optimizers = Optimizers(
         model,

@@ -14,6 +14,7 @@ from fastbert.data.objectives import Objective
 from fastbert.errors import InputError
 from fastbert.files import atomic_write
 from fastbert.training.curves import draw_curves
+from fastbert.training.detection import GENERATOR_FOLDER
 from fastbert.training.evaluation import evaluate_pretraining, unigram_loss
 from fastbert.training.fsdp import in_one_piece, shard_model
 from fastbert.training.loop import compute_dtype, default_device, describe_path, train
@@ -46,9 +47,6 @@ def pretrain_on(
     dtype = compute_dtype(config.dtype, device)
     tokenizer = text.tokenizer
     model = build_model(config, text)
-    objective = stream_config.objective
-    model.loss_weights = (objective.mlm_weight, objective.pair_weight)
-    model.encoder.recompute = config.recompute
     model.to(device)
     if ranks.sharded:
         shard_model(model, ranks, dtype)
@@ -87,6 +85,10 @@ def pretrain_on(
         whole.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name, model_max_length=config.max_seq_len)
         stream_config.objective.save(folder / name, config.max_seq_len)
+        if stream_config.objective.detection:
+            own = folder / name / GENERATOR_FOLDER
+            tokenizer.save_pretrained(own, model_max_length=config.max_seq_len)
+            Objective().save(own, config.max_seq_len)
 
     def evaluate() -> dict[str, float]:
         # what is scored is what is saved
@@ -173,6 +175,8 @@ def _summary(report: dict[str, Any], objective: str, folder: Path, picture: Path
         f"(unigram {report['unigram_loss_heldout']:.3f}), "
         f"masked accuracy {report['masked_accuracy_heldout']:.1%}"
     ]
+    if "replaced_accuracy_heldout" in report:
+        lines[0] += f" (the generator's), replaced-token loss {report['replaced_loss_heldout']:.3f}"
     if "pair_accuracy_heldout" in report:
         chance = 1.0 / Objective.parse(objective).classes
         lines[0] += f", pair accuracy {report['pair_accuracy_heldout']:.1%} (chance {chance:.0%})"
