@@ -192,6 +192,11 @@ def test_objectives():
             Objective.parse(text)
 
 
+def test_not_in_shards():
+    with pytest.raises(InputError, match="--objective rtd: not with --parallel fsdp"):
+        PretrainConfig(out="run", max_steps=1, objective="rtd", parallel="fsdp")
+
+
 def test_every_token_is_judged():
     config = StreamConfig(Objective.parse("rtd"), token_budget=256, max_seq_len=40)
     for batch in one_pass([Part.whole(tiny_corpus())], tiny_tokenizer(), config):

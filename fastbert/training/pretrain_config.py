@@ -168,7 +168,11 @@ class PretrainConfig:
         if self.parallel not in PARALLEL:
             names = " or ".join(PARALLEL)
             raise InputError(f"--parallel must be {names}, got {self.parallel!r}")
-        for flag, wanted in (("--cuda-graph", self.cuda_graph), ("--ema", self.ema)):
+        for flag, wanted in (
+            ("--cuda-graph", self.cuda_graph),
+            ("--ema", self.ema),
+            ("--objective rtd", self.objective.endswith("rtd")),
+        ):
             if wanted and self.parallel == "fsdp":
                 raise InputError(f"{flag}: not with --parallel fsdp; take --parallel ddp")
         if self.loader_workers < 0:

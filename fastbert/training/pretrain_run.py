@@ -13,8 +13,9 @@ from typing import Any
 from fastbert.data.objectives import Objective
 from fastbert.errors import InputError
 from fastbert.files import atomic_write
+from fastbert.models import BertForMaskedLM, BertForPreTraining
 from fastbert.training.curves import draw_curves
-from fastbert.training.detection import GENERATOR_FOLDER
+from fastbert.training.detection import GENERATOR_FOLDER, ReplacedTokenPretraining
 from fastbert.training.evaluation import evaluate_pretraining, unigram_loss
 from fastbert.training.fsdp import in_one_piece, shard_model
 from fastbert.training.loop import compute_dtype, default_device, describe_path, train
@@ -22,7 +23,7 @@ from fastbert.training.meter import Meter, NoMeter
 from fastbert.training.operations import peak_operations
 from fastbert.training.parallel import Ranks
 from fastbert.training.pretrain_config import PretrainConfig
-from fastbert.training.pretrain_model import build_model, build_optimizers
+from fastbert.training.pretrain_model import PretrainingModel, build_model, build_optimizers
 from fastbert.training.pretrain_text import Text
 from fastbert.training.sharded_state import load_run, save_run
 from fastbert.training.spikes import SpikeGuard
@@ -49,7 +50,7 @@ def pretrain_on(
     model = build_model(config, text)
     model.to(device)
     if ranks.sharded:
-        shard_model(model, ranks, dtype)
+        shard_model(_one_encoder(model), ranks, dtype)
     optimizers = build_optimizers(model, config)
     guard = None
     if config.spike_sigma:
@@ -79,7 +80,7 @@ def pretrain_on(
 
     def save(name: str) -> None:
         # of a model in shards every rank has a part to give
-        whole = in_one_piece(model) if ranks.sharded else model
+        whole = in_one_piece(_one_encoder(model)) if ranks.sharded else model
         if not ranks.first:
             return
         whole.save_pretrained(folder / name)
@@ -124,7 +125,7 @@ def pretrain_on(
     kept = config.keep_checkpoints
     save_run(folder, state, model, optimizers, ranks, keeper=guard, kept=kept)
     if ranks.sharded:
-        model = in_one_piece(model)
+        model = in_one_piece(_one_encoder(model))
     if not ranks.first:
         return {}
     figures = evaluate()
@@ -151,6 +152,12 @@ def pretrain_on(
     picture = draw_curves(folder, title, baseline=unigram)
     say(_summary(report, config.objective, folder, picture))
     return report
+
+
+def _one_encoder(model: PretrainingModel) -> BertForPreTraining | BertForMaskedLM:
+    # the settings refuse the other kind
+    assert not isinstance(model, ReplacedTokenPretraining)
+    return model
 
 
 def _meter(
