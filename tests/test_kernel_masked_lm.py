@@ -84,7 +84,7 @@ def test_in_chunks(dtype, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "rows, vocab_size, chunks", [(2458, 30528, 3), (16384, 30528, 8), (100, 30528, 1)]
+    "rows, vocab_size, chunks", [(2458, 30528, 3), (16384, 30528, 4), (100, 30528, 1)]
 )
 def test_chunks_are_few_and_bounded(rows, vocab_size, chunks):
     like = torch.empty(0, dtype=torch.bfloat16, device="meta")
@@ -93,6 +93,15 @@ def test_chunks_are_few_and_bounded(rows, vocab_size, chunks):
     most = max(masked_lm.CHUNK_BYTES, rows * vocab_size * 2 // masked_lm.MOST_CHUNKS)
     # equal chunks, rounded up to whole tiles
     assert (at_once - masked_lm.ALIGNMENT) * vocab_size * 2 < most
+
+
+def test_the_head_of_a_large_model_stays_within_an_eighth_of_eager():
+    """By the arithmetic of rows_at_once, in bytes."""
+    rows, width, vocab_size = 16384, 1024, 30528
+    like = torch.empty(0, dtype=torch.bfloat16, device="meta")
+    at_once = masked_lm.rows_at_once(rows, vocab_size, like)
+    logits, copy, total = at_once * vocab_size * 2, vocab_size * width * 2, vocab_size * width * 4
+    assert logits + copy + total <= 3 * rows * vocab_size * 4 / 8
 
 
 def test_a_small_card_gets_small_chunks(monkeypatch):
