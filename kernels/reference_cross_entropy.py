@@ -12,6 +12,7 @@ Of a row with logits x, target y and vocabulary V, with label smoothing e and z-
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from fastbert.kernels import reference
 
 # logits held at once, in elements: 32 MiB of fp32
 LOGITS_AT_ONCE = 1 << 23
+# of these, what is turned into its gradient at a time on a CPU: a piece stays in a core's cache,
+# where the passes over it cost a fraction of what they cost in memory
+PIECE = 1 << 18
 
 
 def linear_cross_entropy(
@@ -102,41 +106,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
         label_smoothing: float,
         z_loss: float,
     ) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        narrow = hidden.dtype
-        decoder, offset = weight.to(narrow), None if bias is None else bias.to(narrow)
+        decoder, offset = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         ignored = labels == ignore_index
         hidden = hidden.masked_fill(ignored[:, None], 0.0)
         targets = labels.masked_fill(ignored, 0)[:, None]
         wanted = any(ctx.needs_input_grad)
+        sums = _Sums.of(hidden, bias)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight, grad_bias = None, None if bias is None else torch.zeros_like(bias)
-        loss = torch.zeros((), dtype=wide, device=hidden.device)
-        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        grad_weight, gradient = None, None
         at_once = max(1, LOGITS_AT_ONCE // len(weight))
+        # where the loss's own gradient can be asked for without waiting
+        later = hidden.device.type == "cpu" and len(labels) <= at_once
         for first in range(0, len(labels), at_once):
             rows = slice(first, first + at_once)
-            skip = ignored[rows, None]
-            logits = F.linear(hidden[rows], decoder, offset).to(wide)
-            losses, hits = _losses_and_gradient(
-                logits, targets[rows], skip, label_smoothing, z_loss, wanted
-            )
-            loss += losses.masked_fill_(skip, 0.0).sum()
-            correct += (hits & ~skip).sum()
+            logits = F.linear(hidden[rows], decoder, offset)
+            extras = (label_smoothing, z_loss, wanted)
+            sums.add(logits, targets[rows], ignored[rows, None], *extras)
             if wanted:
                 gradient = logits
-                if grad_bias is not None:
-                    grad_bias += gradient.sum(dim=0)
-                gradient = gradient.to(narrow)
-                grad_hidden[rows] = gradient @ decoder
-                product = (gradient.t() @ hidden[rows]).to(weight.dtype)
+                torch.mm(gradient, decoder, out=grad_hidden[rows])
+            if wanted and not later:
+                product = (logits.t() @ hidden[rows]).to(weight.dtype)
                 # no zeros to fill and add to where one chunk is all
                 grad_weight = product if grad_weight is None else grad_weight.add_(product)
-        ctx.mark_non_differentiable(correct)
+        ctx.mark_non_differentiable(sums.correct)
         if wanted:
-            grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight
-            ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        return loss, correct
+            parts = (hidden, gradient) if later else (None, None)
+            ctx.save_for_backward(weight, grad_hidden, grad_weight, sums.grad_bias, *parts)
+            ctx.bias_dtype = None if bias is None else bias.dtype
+        return sums.loss, sums.correct
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -145,11 +143,66 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 "linear_cross_entropy: has no second derivative; for one, use "
                 "torch.nn.functional.cross_entropy on hidden @ weight.T + bias"
             )
-        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        weight, grad_hidden, grad_weight, grad_bias, hidden, gradient = ctx.saved_tensors
         # a scalar tensor does not change the others' dtype, nor is it rounded to it
         scale = grads[0]
-        grad_bias = None if grad_bias is None else grad_bias * scale
-        return grad_hidden * scale, grad_weight * scale, None, grad_bias, None, None, None
+        if not ctx.needs_input_grad[1]:
+            grad_weight = None
+        elif grad_weight is not None:
+            grad_weight = grad_weight * scale
+        elif gradient is None:
+            grad_weight = torch.zeros_like(weight)
+        else:
+            # the vocabulary's gradient is large: it is made with its scale, not scaled once made
+            product = torch.empty_like(weight, dtype=hidden.dtype)
+            torch.addmm(product, gradient.t(), hidden, beta=0, alpha=scale.item(), out=product)
+            grad_weight = product.to(weight.dtype)
+        grad_bias = None if grad_bias is None else (grad_bias * scale).to(ctx.bias_dtype)
+        return grad_hidden * scale, grad_weight, None, grad_bias, None, None, None
+
+
+@dataclass
+class _Sums:
+    """Over the rows so far."""
+
+    loss: Tensor
+    correct: Tensor
+    grad_bias: Tensor | None
+
+    @classmethod
+    def of(cls, hidden: Tensor, bias: Tensor | None) -> _Sums:
+        wide, device = torch.promote_types(hidden.dtype, torch.float32), hidden.device
+        return cls(
+            torch.zeros((), dtype=wide, device=device),
+            torch.zeros((), dtype=torch.int64, device=device),
+            None if bias is None else torch.zeros_like(bias, dtype=wide),
+        )
+
+    def add(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        skip: Tensor,
+        label_smoothing: float,
+        z_loss: float,
+        wanted: bool,
+    ) -> None:
+        """Count these rows; where wanted, `logits` become their own gradient."""
+        on_cpu = logits.device.type == "cpu"
+        size = max(1, PIECE // logits.shape[1]) if on_cpu else max(1, len(logits))
+        for first in range(0, len(logits), size):
+            rows = slice(first, first + size)
+            part = logits[rows].to(self.loss.dtype)
+            skipped = skip[rows]
+            losses, hits = _losses_and_gradient(
+                part, target[rows], skipped, label_smoothing, z_loss, wanted
+            )
+            self.loss += losses.masked_fill_(skipped, 0.0).sum()
+            self.correct += (hits & ~skipped).sum()
+            if wanted and self.grad_bias is not None:
+                self.grad_bias += part.sum(dim=0)
+            if wanted and part.dtype != logits.dtype:
+                logits[rows] = part
 
 
 def _losses_and_gradient(
