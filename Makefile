@@ -26,8 +26,8 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow kill-test gpu-test gpu-bench gpu-attention compile-matrix bench \
-	bench-check bench-gates figures \
+.PHONY: help demo test test-slow training-proof kill-test gpu-test gpu-bench gpu-attention \
+	compile-matrix bench bench-check bench-gates figures \
 	support-table lint format clean clean-all
 
 help: ## list the targets
@@ -42,6 +42,9 @@ test: $(STAMP)-test $(STAMP)-weights ## the tests, except the slow ones and thos
 
 test-slow: $(STAMP)-test $(STAMP)-weights ## the tests that take minutes
 	$(VENV_PYTHON) -m pytest -m slow
+
+training-proof: $(STAMP)-test ## 200 steps on kernels and on the reference path, in the interpreter (10 minutes)
+	$(VENV_PYTHON) -m pytest -m slow tests/test_kernels.py
 
 kill-test: $(STAMP)-test ## a hundred kill -9s, and the finished run is the undisturbed one
 	$(VENV_PYTHON) -m pytest -m slow -s tests/test_kill.py

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+from fastbert.bench import matrix_share
+
+
+def test_products_count_and_nothing_else():
+    averages = [
+        SimpleNamespace(key=name, self_cpu_time_total=time)
+        for name, time in [("aten::mm", 5.0), ("aten::bmm", 1.0), ("aten::add", 3.0), ("x", 1.0)]
+    ]
+    assert matrix_share.share_of(averages) == 0.6
+    assert matrix_share.share_of([]) == 0.0
+
+
+def test_a_step_of_products_and_one_without():
+    a = torch.randn(256, 256)
+    q = torch.randn(1, 4, 128, 64)
+    assert matrix_share.matrix_share(lambda: a @ a) > 0.5
+    # under whatever name torch's attention goes, it is found
+    assert matrix_share.matrix_share(lambda: F.scaled_dot_product_attention(q, q, q)) > 0.5
+    assert matrix_share.matrix_share(lambda: a + a) == 0.0
+
+
+def test_a_gpu_has_no_share():
+    assert matrix_share.of_sides({"ours": lambda: 1 / 0}, torch.device("cuda")) == {}
