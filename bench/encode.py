@@ -164,7 +164,7 @@ def _case(
     work = Work(int(lengths.sum()), padded, operations)
     conditions = {"model": MODEL_PACKAGE, "texts": len(texts), "longest": encoders.LONGEST}
     name = f"all-MiniLM-L6-v2, {len(texts)} paragraphs of Wikipedia"
-    return Case("encode", name, work, found, conditions, NOTES)
+    return Case("encode", name, work, found, conditions, NOTES, shares_products=True)
 
 
 def _lengths(folder: str, texts: Sequence[str]) -> tuple[np.ndarray, int]:

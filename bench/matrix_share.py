@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile
+
+from fastbert.bench.memory import stderr_closed
 
 # of one projection, of a batch of them, and torch's fused attention, which is products mostly
 PRODUCTS = (
@@ -21,13 +22,13 @@ STEPS = 3
 
 
 def matrix_share(step: Callable[[], object]) -> float:
-    """The share of the step's time in matrix products, fused attention included.
+    """The share of a step's time in matrix products, fused attention included.
 
     Times are those of the calling thread. The profiler adds a little to every operator, most of
     which are small and no product, so that the true share is rather higher.
     """
-    step()
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+    # the profiler announces its beginning and its end there
+    with stderr_closed(), profile(activities=[ProfilerActivity.CPU]) as profiled:
         for _ in range(STEPS):
             step()
     return share_of(profiled.key_averages())
@@ -38,16 +39,3 @@ def share_of(averages: Iterable[Any]) -> float:
     times = [(event.key, event.self_cpu_time_total) for event in averages]
     total = sum(time for _, time in times)
     return sum(time for name, time in times if name in PRODUCTS) / total if total else 0.0
-
-
-def line(shares: dict[str, float]) -> str:
-    """One line for a terminal, of shares by side."""
-    parts = [f"{label} {share:.0%}" for label, share in shares.items()]
-    return f"matrix products' share of a step: {', '.join(parts)} (goal 85%)"
-
-
-def of_sides(steps: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
-    """Shares by name; none on a GPU, where the host only launches."""
-    if device.type != "cpu":
-        return {}
-    return {label: round(matrix_share(step), 3) for label, step in steps.items()}

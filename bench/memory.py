@@ -21,7 +21,7 @@ def cpu_peak_mib(step: Callable[[], object]) -> float:
     activities = [torch.profiler.ProfilerActivity.CPU]
     # the profiler announces its beginning and its end there
     with (
-        _stderr_closed(),
+        stderr_closed(),
         torch.profiler.profile(activities=activities, profile_memory=True) as profile,
     ):
         step()
@@ -36,7 +36,7 @@ def cpu_peak_mib(step: Callable[[], object]) -> float:
 
 
 @contextlib.contextmanager
-def _stderr_closed() -> Iterator[None]:
+def stderr_closed() -> Iterator[None]:
     """Nothing of what libraries write to the process's standard error inside is seen."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

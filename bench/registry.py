@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fastbert.bench.ceilings import Ceilings
+from fastbert.bench.matrix_share import matrix_share
 from fastbert.bench.memory import step_mib
 from fastbert.bench.parity import Parity
 from fastbert.bench.providers import missing
@@ -80,6 +81,7 @@ class Case:
     Attributes:
         suite, name: together unique; `name` says the conditions shortly.
         conditions: what the figures depend on, for the result file.
+        shares_products: whether rows say, on a CPU, how much of a step is matrix products.
     """
 
     suite: str
@@ -88,6 +90,7 @@ class Case:
     providers: Sequence[Provider]
     conditions: dict[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    shares_products: bool = False
 
 
 @dataclass
@@ -101,6 +104,7 @@ class Row:
         mfu: the rate of operations as a share of the measured rate of large products.
         share_of_floor: the floor's time over the time taken.
         step_mib: the most memory that a step's tensors hold at once.
+        matrix_share: the part of a step's time in matrix products.
         figures: of accuracy.
     """
 
@@ -117,6 +121,7 @@ class Row:
     mfu: float | None = None
     share_of_floor: float | None = None
     step_mib: float | None = None
+    matrix_share: float | None = None
     figures: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -170,6 +175,8 @@ def measure(
                 row.figures = provider.figures()
             if provider.in_torch:
                 row.step_mib = round(step_mib(step, device), 2)
+                if case.shares_products and device.type == "cpu":
+                    row.matrix_share = round(matrix_share(step), 3)
     say(f"{case.suite}, {case.name}: timing")
     times = timer(steps)
     for row in rows:

@@ -185,10 +185,11 @@ def _columns(case: dict[str, Any]) -> list[tuple[str, int, Any]]:
         ("MFU", 7, number("mfu", "{:.0%}")),
         ("of floor", 10, number("share_of_floor", "{:.0%}")),
         ("step MiB", 10, number("step_mib", "{:,.1f}")),
+        ("products", 10, number("matrix_share", "{:.0%}")),
         ("parity", 8, number("parity", "{:.2f}")),
     ]  # fmt: skip
     names = ["", "", "real_tokens_per_s", "tflop_per_s", "gb_per_s", "mfu", "share_of_floor",
-             "step_mib", "parity"]  # fmt: skip
+             "step_mib", "matrix_share", "parity"]  # fmt: skip
     kept = [
         column
         for name, column in zip(names, every, strict=True)

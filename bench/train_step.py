@@ -124,7 +124,7 @@ def _case(
     operations = step_operations(workload.config(), examples.lengths, masked)
     work = Work(int(examples.lengths.sum()), padded, operations)
     conditions = dataclasses.asdict(workload) | {"masked_tokens": masked}
-    return Case("train-step", name, work, providers, conditions, notes)
+    return Case("train-step", name, work, providers, conditions, notes, shares_products=True)
 
 
 def _named(workload: Workload) -> str:

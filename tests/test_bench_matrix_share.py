@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
 from fastbert.bench import matrix_share
+from fastbert.bench.registry import Case, Provider, Work, measure
+from fastbert.bench.timing import interleaved_ms
 
 
 def test_products_count_and_nothing_else():
@@ -26,5 +29,12 @@ def test_a_step_of_products_and_one_without():
     assert matrix_share.matrix_share(lambda: a + a) == 0.0
 
 
-def test_a_gpu_has_no_share():
-    assert matrix_share.of_sides({"ours": lambda: 1 / 0}, torch.device("cuda")) == {}
+def test_a_row_has_its_share_where_the_case_asks():
+    a = torch.randn(256, 256)
+    providers = [Provider("fastbert", "fp32", lambda: lambda: a @ a)]
+    cpu = torch.device("cpu")
+    for asked in (True, False):
+        case = Case("train-step", "a", Work(), providers, shares_products=asked)
+        (row,) = measure(case, functools.partial(interleaved_ms, repeats=1), cpu).rows
+        assert row.matrix_share is None or asked
+        assert not asked or (row.matrix_share is not None and row.matrix_share > 0.5)
