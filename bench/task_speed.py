@@ -34,7 +34,7 @@ from fastbert.training.loop import compute_dtype, default_device, train
 from fastbert.training.meter import Meter
 
 # tokens of a pass, and optimiser steps at least and at most
-PASS_TOKENS, FEWEST, MOST = 12_288, 4, 24
+PASS_TOKENS, FEWEST, MOST = 6_144, 2, 12
 OURS, RANDOM, GROUPED = "fastbert", "trainer", "trainer, grouped by length"
 _ORDERS = {RANDOM: "random", GROUPED: "group_by_length"}
 _PARITY_ROWS = 16
