@@ -117,6 +117,7 @@ def table(results: Results, model: str, install: str | None = None) -> str:
         *_speed_rows(results, install),
         "",
         *_machines(results),
+        *_loads(results),
         "",
     ]
     return "\n".join(lines)
@@ -195,6 +196,26 @@ def _machines(results: Results) -> list[str]:
             for run in [found] if isinstance(found, dict) else found:
                 machines.add(machine_line(run["machine"]))
     return sorted(machines)
+
+
+def _loads(results: Results) -> list[str]:
+    """Where other work slowed the runs, for how much of it there was."""
+    found = []
+    for name, stages in results.items():
+        for stage in STAGES:
+            runs = stages.get(stage, [])
+            for run in [runs] if isinstance(runs, dict) else runs:
+                # a run's own threads count as well
+                spare = (run.get("load") or 0.0) - run["machine"]["threads"]
+                if spare > 1.0:
+                    found.append(f"{name} ({stage}) {run['load']:g}")
+    if not found:
+        return []
+    return [
+        "",
+        "Other programs ran beside, and times are longer than they would be alone; load averages "
+        f"at the end: {', '.join(found)}.",
+    ]
 
 
 def machine_line(machine: dict[str, Any]) -> str:

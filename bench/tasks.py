@@ -125,7 +125,9 @@ class Bench:
                     return False
                 result = found
             machine = describe(default_device())
-            write_json(path, {"case": case.name, **result, "machine": machine})
+            # times on a machine with other work say less
+            load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+            write_json(path, {"case": case.name, **result, "load": load, "machine": machine})
             self.write()
         return True
 

@@ -137,6 +137,10 @@ def test_the_page_says_what_is_not_measured(tmp_path) -> None:
     peers = sum(case.peer for case in CASES)
     assert page.count("not measured") == len(CASES) - 1 + 2 * (peers - 1)
     assert "a CPU, 2 threads, torch 2, transformers 5, Python 3, commit abc." in page
+    # a machine that did other work says so
+    assert "Other programs ran beside" not in page
+    found["trec"]["trainer"][0]["load"], found["trec"]["speed"]["load"] = 7.5, 2.9
+    assert "at the end: trec (trainer) 7.5.\n" in task_results.table(found, "small")
     # an absent peer shows what would bring it
     missing = task_results.table({}, "small", "no accelerate: pip install 'fastbert[bench]'")
     assert missing.count("| no accelerate: pip install 'fastbert[bench]' |") == 2 * peers
