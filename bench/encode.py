@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fastbert.bench import encoders
-from fastbert.bench.drop_in import read_paragraphs
+from fastbert.bench.drop_in_text import read_paragraphs
 from fastbert.bench.encoders import Encode
 from fastbert.bench.parity import Parity
 from fastbert.bench.providers import BF16
