@@ -30,6 +30,8 @@ from fastbert import fast_layers
 from fastbert.errors import InputError
 from fastbert.families import FAMILIES
 
+# nothing here is left to transformers
+pytestmark = pytest.mark.filterwarnings("error:accelerate")
 FAMILY_NAMES = list(FAMILIES)
 # theirs of the biases that shift all rivals alike
 SHIFTED = {

