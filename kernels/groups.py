@@ -6,7 +6,8 @@ spends it on padding and on memory, since scores leave the processor's cache bet
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -43,6 +44,19 @@ class Group:
     slots: Tensor
     rows: Tensor
     start: int | None
+    _bias: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """What is added to scores: minus infinity at padding keys, [sequences, 1, 1, length].
+
+        Made once for all layers; None where no slot is padding.
+        """
+        if self.padding is None:
+            return None
+        if dtype not in self._bias:
+            zeros = torch.zeros(self.padding.shape, dtype=dtype, device=self.padding.device)
+            self._bias[dtype] = zeros.masked_fill_(self.padding, -math.inf)[:, None, None, :]
+        return self._bias[dtype]
 
 
 def plan_groups(cu_seqlens: Tensor, *, rounded: bool) -> list[Group]:

@@ -94,7 +94,10 @@ def _norm_total(
     wide = torch.promote_types(x.dtype, torch.float32)
     total = x.to(wide) if x_bias is None else x + x_bias.to(wide)
     total = dropout(total, dropout_p, rng)
-    return total if residual is None else total + residual
+    if residual is None:
+        return total
+    # in place where it is nobody else's: on CPUs fresh memory costs more than the sum
+    return total + residual if total is x else total.add_(residual)
 
 
 def _normalised(total: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -210,27 +210,23 @@ def _scores(q: Tensor, k: Tensor, group: Group, plan: Plan) -> Tensor:
         place = torch.arange(group.length, device=q.device)
         distance = (place[:, None] - place).abs().to(q.dtype)
         scores = scores - plan.alibi_slopes.to(q)[:, None, None] * distance
-    hidden = _hidden(group, plan.window)
-    if hidden is not None:
-        # an addition that broadcasts is several times faster on CPUs than masked_fill
-        bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device)
-        scores = scores + bias.masked_fill_(hidden, -math.inf)
-    return scores
+    # an addition that broadcasts is several times faster on CPUs than masked_fill
+    bias = group.bias(q.dtype) if plan.window is None else _window(group, plan.window, q.dtype)
+    return scores if bias is None else scores.add_(bias)
 
 
-def _hidden(group: Group, window: tuple[int, int] | None) -> Tensor | None:
-    """True where a query does not see a key, [sequences or 1, 1, length or 1, length]."""
+def _window(group: Group, window: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Minus infinity where a query does not see a key, [sequences or 1, 1, length, length]."""
     padding = group.padding
-    if window is None:
-        return None if padding is None else padding[:, None, None, :]
     left, right = window
     place = torch.arange(group.length, device=group.index.device)
     ahead = place - place[:, None]
     hidden = ((ahead < -left) | (ahead > right))[None, None]
-    if padding is None:
-        return hidden
-    # a padding query sees all real keys: one that sees none would be NaN, and reach the gradients
-    return (hidden & ~padding[:, None, :, None]) | padding[:, None, None, :]
+    if padding is not None:
+        # a padding query sees all real keys: one that sees none would be NaN, and reach gradients
+        hidden = (hidden & ~padding[:, None, :, None]) | padding[:, None, None, :]
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return bias.masked_fill_(hidden, -math.inf)
 
 
 def _without_padding(gradient: Tensor, group: Group) -> Tensor:
