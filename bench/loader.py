@@ -4,7 +4,8 @@
    cores, of documents that are in memory already): the ratio of the times is the cost of the rest,
    reading, sentences, writing and starting processes. The same in processor time, of this process
    and its children, which a busy machine disturbs less.
-2. Batches are taken out of the shards, masking and packing included, and thrown away.
+2. Batches are taken out of the shards, masking and packing included, laid out as a GPU takes them,
+   and thrown away.
 3. Packing efficiency: real tokens over the batches' room, of a whole epoch of the copies, which
    are cut anew each: of a text that fills no window, the last batch would count for too much.
 """
@@ -120,7 +121,7 @@ def run(
         "batches": [],
     }
     for budget, length, objective in CASES:
-        config = StreamConfig(Objective.parse(objective), budget, length)
+        config = StreamConfig(Objective.parse(objective), budget, length, fixed_shapes=True)
         row: dict[str, Any] = {"budget": budget, "max_seq_len": length, "objective": objective}
         row["full"] = round(_full(Planner(parts, tokenizer, config)), 5)
         for workers in (0, cores):
