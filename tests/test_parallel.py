@@ -139,6 +139,20 @@ def test_a_step_is_the_same_for_any_number_of_ranks(root, tmp_path):
             assert torch.equal(found[ranks][name], found["1"][name])
 
 
+def test_a_lost_rank_is_told_from_other_errors(monkeypatch):
+    monkeypatch.setattr(dist, "new_group", lambda **_: None)
+    ranks = Ranks(1, 2)
+    lost = "[/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer\nat x"
+    gone = "rank 1 of 2: another rank is gone"
+    with pytest.raises(InputError, match=gone) as failure, ranks.watched():
+        raise RuntimeError(lost)
+    assert "--resume goes on" in str(failure.value) and "\n" not in str(failure.value)
+    for alone, message in ((ranks, "shapes differ"), (Ranks(), lost)):
+        with pytest.raises(RuntimeError) as other, alone.watched():
+            raise RuntimeError(message)
+        assert not isinstance(other.value, InputError)
+
+
 @pytest.fixture
 def words(tmp_path) -> list[str]:
     (tmp_path / "text.txt").write_text("\n\n".join(tiny_documents(60)))
