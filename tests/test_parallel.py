@@ -17,6 +17,7 @@ from oracle import ErrorRule
 from safetensors.torch import load_file
 from tiny import tiny_documents, tiny_tokenizer
 
+from fastbert.cli import main
 from fastbert.errors import InputError
 from fastbert.training.loop import default_device
 from fastbert.training.parallel import PARALLEL, Ranks
@@ -151,6 +152,15 @@ def test_a_lost_rank_is_told_from_other_errors(monkeypatch):
         with pytest.raises(RuntimeError) as other, alone.watched():
             raise RuntimeError(message)
         assert not isinstance(other.value, InputError)
+
+
+def test_the_first_rank_alone_says_how_to_go_on(monkeypatch, capsys):
+    monkeypatch.setattr("fastbert.training.pretrain.pretrain", lambda *_, **__: {})
+    words = ["pretrain", "x.txt", "--tokenizer", "t", "--out", "o", "--max-steps", "1"]
+    for rank, said in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert main(words) == 0
+        assert ("--resume" in capsys.readouterr().out) is said
 
 
 @pytest.fixture

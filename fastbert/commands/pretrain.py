@@ -36,6 +36,7 @@ def add_pretrain(commands: Any) -> None:
 
 
 def _pretrain(given: argparse.Namespace) -> None:
+    from fastbert.training.parallel import is_first_process
     from fastbert.training.pretrain import pretrain
 
     report = pretrain(
@@ -45,7 +46,7 @@ def _pretrain(given: argparse.Namespace) -> None:
         doc_sep=given.doc_sep,
         resume=given.resume,
     )
-    if not report:
+    if not report and is_first_process():
         more = [] if given.resume else ["--resume"]
         print("    " + shlex.join(["fastbert", *given.words, *more]))
 

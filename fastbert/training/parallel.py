@@ -195,6 +195,11 @@ class Ranks:
         )
 
 
+def is_first_process() -> bool:
+    """Whether this is the one of torchrun's processes that talks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def processes_started() -> int:
     """By torchrun, this one among them; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
