@@ -44,9 +44,7 @@ class Run:
         folder.mkdir(exist_ok=True)
         config = tiny_config(vocab_size=tiny_tokenizer().vocab_size)
         self.model = BertForPreTraining.from_config(config, 4)
-        self.optimizers = Optimizers(
-            self.model, "muon", learning_rate=1e-3, muon_learning_rate=2e-3
-        )
+        self.optimizers = Optimizers(self.model, "adamw", learning_rate=1e-3)
         self.guard = SpikeGuard(self.model, self.optimizers, sigma, EVERY) if guarded else None
         self.state = TrainState()
         if resume:
@@ -152,7 +150,7 @@ def test_without_a_guard_the_burst_ruins_the_run(spiked, tmp_path):
 
 
 # in the burst, while the spike's values are on their way, around the roll-back
-@pytest.mark.parametrize("stops", [(27,), (29,), (30,), (23, 31, 38)])
+@pytest.mark.parametrize("stops", [(29,), (23, 30, 31)])
 def test_a_stopped_run_goes_back_alike(spiked, stops, tmp_path):
     for stop in stops:
         stopped = Run(tmp_path / "run", resume=(tmp_path / "run").exists())
