@@ -197,6 +197,20 @@ def test_what_cannot_be_averaged_is_one_line(grown, text, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
+def test_the_last_score_reaches_the_event_file(text, tmp_path):
+    pytest.importorskip("tensorboard", reason="needs the tensorboard extra")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    report = go(text, tmp_path / "run", max_steps=2, log_to="tensorboard")
+    files = list((tmp_path / "run" / "tensorboard").iterdir())
+    assert len(files) == 1
+    events = EventAccumulator(str(files[0])).Reload()
+    last = events.Scalars("heldout/mlm_loss")[-1]
+    # event files hold fp32
+    assert (last.step, last.value) == (2, float(torch.tensor(report["mlm_loss_heldout"])))
+    assert len(events.Scalars("masked_lm_loss")) > 0 and len(events.Scalars("packing")) > 0
+
+
 def test_the_best_model_is_kept(text, tmp_path, monkeypatch):
     """A run that gets worse in the end: rates a ten-thousandfold from the sixth step on."""
     original = loop.learning_rate_factor

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,131 +42,205 @@ def pretrain_on(
     say: Callable[[str], None],
     ranks: Ranks | None = None,
 ) -> dict[str, Any]:
-    ranks = ranks or Ranks()
-    device = default_device()
-    loop, stream_config = config.loop(), config.stream(device)
-    dtype = compute_dtype(config.dtype, device)
-    tokenizer = text.tokenizer
-    model = build_model(config, text)
-    model.to(device)
-    if ranks.sharded:
-        shard_model(_one_encoder(model), ranks, dtype)
-    optimizers = build_optimizers(model, config)
-    guard = None
-    if config.spike_sigma:
-        guard = SpikeGuard(model, optimizers, config.spike_sigma, config.spike_steps)
-    state = TrainState(corpus=text.checksum)
+    """Train on a text, in a folder that is claimed, and leave a model there.
+
+    Returns:
+        The report; empty where the run was interrupted, and on all ranks but the first.
+    """
+    run = Run(text, config, folder, ranks or Ranks(), say)
     if resume:
-        state = load_run(folder, model, optimizers, ranks, say=say, keeper=guard)
-        if state.corpus and state.corpus != text.checksum:
-            raise InputError(
-                f"--resume: the text or the vocabulary has changed since {folder} was started"
+        run.load()
+    run.describe()
+    if not run.train():
+        say(f"interrupted at step {run.state.step}; saved")
+        return {}
+    return run.finish()
+
+
+class Run:
+    """One run's parts.
+
+    Args:
+        text: what it trains and is scored on.
+        config: settings.
+        folder: of the run.
+        ranks: that train together.
+        say: told what happens.
+
+    Attributes:
+        state: how far it has come.
+    """
+
+    def __init__(
+        self,
+        text: Text,
+        config: PretrainConfig,
+        folder: Path,
+        ranks: Ranks,
+        say: Callable[[str], None],
+    ) -> None:
+        self.text, self.config, self.folder, self.ranks, self.say = text, config, folder, ranks, say
+        self.device = default_device()
+        self.objective = Objective.parse(config.objective)
+        self.dtype = compute_dtype(config.dtype, self.device)
+        self.model = build_model(config, text)
+        self.model.to(self.device)
+        if ranks.sharded:
+            shard_model(_one_encoder(self.model), ranks, self.dtype)
+        self.optimizers = build_optimizers(self.model, config)
+        self.guard: SpikeGuard | None = None
+        if config.spike_sigma:
+            self.guard = SpikeGuard(
+                self.model, self.optimizers, config.spike_sigma, config.spike_steps
             )
-        state.corpus = text.checksum
-    meter = _meter(config, folder, state, peak_operations(device, dtype), ranks)
-    say(describe_path(device))
-    say(
-        f"pre-training {config.size} ({sum(p.numel() for p in model.parameters()):,} parameters) "
-        f"on {device.type} in {str(dtype).removeprefix('torch.')}, {stream_config.objective}, "
-        f"{config.token_budget * config.accumulation:,} tokens a step"
-    )
+        self.state = TrainState(corpus=text.checksum)
 
-    def scores() -> dict[str, float]:
-        return {
-            f"{name}{figure}": value
-            for name, batches in text.scored.items()
-            for figure, value in evaluate_pretraining(model, batches, dtype).items()
-        }
+    def load(self) -> None:
+        """Go on from the newest checkpoint.
 
-    def save(name: str) -> None:
-        # of a model in shards every rank has a part to give
-        whole = in_one_piece(_one_encoder(model)) if ranks.sharded else model
-        if not ranks.first:
-            return
-        whole.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name, model_max_length=config.max_seq_len)
-        stream_config.objective.save(folder / name, config.max_seq_len)
-        if stream_config.objective.detection:
-            own = folder / name / GENERATOR_FOLDER
-            tokenizer.save_pretrained(own, model_max_length=config.max_seq_len)
-            Objective().save(own, config.max_seq_len)
+        Raises:
+            InputError: it is of another text, or none is intact.
+        """
+        self.state = load_run(
+            self.folder, self.model, self.optimizers, self.ranks, say=self.say, keeper=self.guard
+        )
+        checksum = self.text.checksum
+        if self.state.corpus and self.state.corpus != checksum:
+            raise InputError(
+                f"--resume: the text or the vocabulary has changed since {self.folder} was started"
+            )
+        self.state.corpus = checksum
 
-    def evaluate() -> dict[str, float]:
-        # what is scored is what is saved
-        with optimizers.average.applied() if optimizers.average else nullcontext():
-            figures = scores()
-            best = state.best.get("mlm_loss", math.inf)
-            if config.keep_best and figures["mlm_loss"] < best:
-                save(BEST_FOLDER)
-                state.best = {"mlm_loss": figures["mlm_loss"], "step": state.step}
+    def describe(self) -> None:
+        """Say what is about to be done."""
+        config = self.config
+        self.say(describe_path(self.device))
+        self.say(
+            f"pre-training {config.size} "
+            f"({sum(p.numel() for p in self.model.parameters()):,} parameters) on "
+            f"{self.device.type} in {str(self.dtype).removeprefix('torch.')}, {self.objective}, "
+            f"{config.token_budget * config.accumulation:,} tokens a step"
+        )
+
+    def train(self) -> bool:
+        """To the end; False where somebody interrupted."""
+        self.meter = self._meter()
+        self._before = self.state.tokens, self.state.seconds
+        if self.config.model is not None and not self.state.step and self.ranks.scores:
+            # what the weights know before they see this text
+            self.meter.evaluation(self.state, self.evaluate())
+        with closing(self.text.batches(self.state)) as batches:
+            finished = train(
+                self.model,
+                self.optimizers,
+                batches,
+                self.config.loop(),
+                self.state,
+                self.meter,
+                self.folder,
+                evaluate=self.evaluate,
+                ranks=self.ranks,
+                guard=self.guard,
+            )
+        if not finished:
+            self.meter.close()
+        return finished
+
+    def finish(self) -> dict[str, Any]:
+        """Save and score what has been trained; the report, on the first rank."""
+        save_run(
+            self.folder,
+            self.state,
+            self.model,
+            self.optimizers,
+            self.ranks,
+            keeper=self.guard,
+            kept=self.config.keep_checkpoints,
+        )
+        if self.ranks.sharded:
+            self.model = in_one_piece(_one_encoder(self.model))
+        if not self.ranks.first:
+            return {}
+        figures = self.evaluate()
+        self.meter.evaluation(self.state, figures)
+        self.meter.close()
+        own = self._scores()["mlm_loss"] if self.optimizers.average else None
+        with self._averaged():
+            self._save(MODEL_FOLDER)
+        report = self._report(figures, own)
+        title = f"fastbert {self.config.size}, {self.objective}: {self.state.tokens:,} tokens"
+        picture = draw_curves(self.folder, title, baseline=report["unigram_loss_heldout"])
+        self.say(_summary(report, self.config.objective, self.folder, picture))
+        return report
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out scores of what would be saved; the best is."""
+        with self._averaged():
+            figures = self._scores()
+            best = self.state.best.get("mlm_loss", math.inf)
+            if self.config.keep_best and figures["mlm_loss"] < best:
+                self._save(BEST_FOLDER)
+                self.state.best = {"mlm_loss": figures["mlm_loss"], "step": self.state.step}
         return figures
 
-    if config.model is not None and not state.step and ranks.scores:
-        # what the weights know before they see this text
-        meter.evaluation(state, evaluate())
-    before = state.tokens, state.seconds
-    with closing(text.batches(state)) as batches:
-        finished = train(
-            model,
-            optimizers,
-            batches,
-            loop,
-            state,
-            meter,
-            folder,
-            evaluate=evaluate,
-            ranks=ranks,
-            guard=guard,
-        )
-    meter.close()
-    if not finished:
-        say(f"interrupted at step {state.step}; saved")
-        return {}
-    kept = config.keep_checkpoints
-    save_run(folder, state, model, optimizers, ranks, keeper=guard, kept=kept)
-    if ranks.sharded:
-        model = in_one_piece(_one_encoder(model))
-    if not ranks.first:
-        return {}
-    figures = evaluate()
-    meter.evaluation(state, figures)
-    unigram = unigram_loss(text.scored[""], text.log_probabilities)
-    own = scores()["mlm_loss"] if optimizers.average else None
-    with optimizers.average.applied() if optimizers.average else nullcontext():
-        save(MODEL_FOLDER)
-    report = {
-        **{f"{name}_heldout": value for name, value in figures.items()},
-        **({} if own is None else {"mlm_loss_heldout_without_ema": own}),
-        **{f"best_{name}": value for name, value in state.best.items()},
-        "unigram_loss_heldout": unigram,
-        "steps": state.step,
-        "tokens": state.tokens,
-        "rollbacks": len(state.rollbacks),
-        "seconds": round(state.seconds, 1),
-        "real_tokens_per_s": round(
-            (state.tokens - before[0]) / max(state.seconds - before[1], 1e-9), 1
-        ),
-        "packing_efficiency": round(state.tokens / state.slots, 4),
-    }
-    title = f"fastbert {config.size}, {stream_config.objective}: {state.tokens:,} tokens"
-    picture = draw_curves(folder, title, baseline=unigram)
-    say(_summary(report, config.objective, folder, picture))
-    return report
+    def _averaged(self) -> AbstractContextManager[None]:
+        average = self.optimizers.average
+        return average.applied() if average else nullcontext()
+
+    def _scores(self) -> dict[str, float]:
+        return {
+            f"{name}{figure}": value
+            for name, batches in self.text.scored.items()
+            for figure, value in evaluate_pretraining(self.model, batches, self.dtype).items()
+        }
+
+    def _save(self, name: str) -> None:
+        # of a model in shards every rank has a part to give
+        sharded = self.ranks.sharded
+        model = in_one_piece(_one_encoder(self.model)) if sharded else self.model
+        if not self.ranks.first:
+            return
+        folder, length = self.folder / name, self.config.max_seq_len
+        model.save_pretrained(folder)
+        self.text.tokenizer.save_pretrained(folder, model_max_length=length)
+        self.objective.save(folder, length)
+        if self.objective.detection:
+            own = folder / GENERATOR_FOLDER
+            self.text.tokenizer.save_pretrained(own, model_max_length=length)
+            Objective().save(own, length)
+
+    def _report(self, figures: dict[str, float], without_ema: float | None) -> dict[str, Any]:
+        state, (tokens, seconds) = self.state, self._before
+        text = self.text
+        extra = {} if without_ema is None else {"mlm_loss_heldout_without_ema": without_ema}
+        speed = (state.tokens - tokens) / max(state.seconds - seconds, 1e-9)
+        return {
+            **{f"{name}_heldout": value for name, value in figures.items()},
+            **extra,
+            **{f"best_{name}": value for name, value in state.best.items()},
+            "unigram_loss_heldout": unigram_loss(text.scored[""], text.log_probabilities),
+            "steps": state.step,
+            "tokens": state.tokens,
+            "rollbacks": len(state.rollbacks),
+            "seconds": round(state.seconds, 1),
+            "real_tokens_per_s": round(speed, 1),
+            "packing_efficiency": round(state.tokens / state.slots, 4),
+        }
+
+    def _meter(self) -> Meter:
+        if not self.ranks.first:
+            return NoMeter()
+        settings = dataclasses.asdict(self.config)
+        trackers = open_trackers(self.config.log_to, self.folder, settings, self.state.step)
+        peak = peak_operations(self.device, self.dtype)
+        of_all = peak * self.ranks.count if peak else None
+        return Meter(self.folder, "pretrain", trackers=trackers, peak=of_all)
 
 
 def _one_encoder(model: PretrainingModel) -> BertForPreTraining | BertForMaskedLM:
     # the settings refuse the other kind
     assert not isinstance(model, ReplacedTokenPretraining)
     return model
-
-
-def _meter(
-    config: PretrainConfig, folder: Path, state: TrainState, peak: float | None, ranks: Ranks
-) -> Meter:
-    if not ranks.first:
-        return NoMeter()
-    trackers = open_trackers(config.log_to, folder, dataclasses.asdict(config), state.step)
-    return Meter(folder, "pretrain", trackers=trackers, peak=peak * ranks.count if peak else None)
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
