@@ -38,7 +38,7 @@ from fastbert.training.pretrain import (
     pretrain_corpus,
     write_report,
 )
-from fastbert.training.state import RUN_FILE, check_run, claim_run
+from fastbert.training.run_folder import RUN_FILE, check_run, claim_run
 
 VOCAB_SIZE = 8192
 MAX_SEQ_LEN = 128

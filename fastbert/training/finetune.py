@@ -23,7 +23,8 @@ from fastbert.training.finetune_run import MODEL_FOLDER, Run
 from fastbert.training.loop import default_device, describe_path
 from fastbert.training.meter import Meter
 from fastbert.training.methods import count_layers, parse_freeze
-from fastbert.training.state import check_run, claim_run, remove_checkpoints
+from fastbert.training.run_folder import check_run, claim_run
+from fastbert.training.state import remove_checkpoints
 
 REPORT_FILE = "report.json"
 

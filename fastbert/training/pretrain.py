@@ -22,7 +22,8 @@ from fastbert.training.parallel import Ranks, processes_started
 from fastbert.training.pretrain_config import PretrainConfig
 from fastbert.training.pretrain_run import MODEL_FOLDER, REPORT_FILE, pretrain_on, write_report
 from fastbert.training.pretrain_text import Source, Text
-from fastbert.training.state import check_run, claim_run, remove_checkpoints
+from fastbert.training.run_folder import check_run, claim_run
+from fastbert.training.state import remove_checkpoints
 from fastbert.training.trackers import parse_trackers
 
 __all__ = [

@@ -17,7 +17,7 @@ from fastbert.tasks.task import Task
 from fastbert.training.finetune import REPORT_FILE, finetune, run_settings, write_report
 from fastbert.training.finetune_config import FinetuneConfig
 from fastbert.training.loop import compute_dtype, default_device
-from fastbert.training.state import check_run
+from fastbert.training.run_folder import check_run
 
 
 def finetune_seeds(
