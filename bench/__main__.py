@@ -19,6 +19,8 @@ COMMANDS = {
         "fastbert.bench.sweep",
         "a step's cost against padding, length, batch, hidden, words",
     ),
+    "pretrain": ("fastbert.bench.pretrain", "minutes of real pre-training beside transformers"),
+    "finetune": ("fastbert.bench.finetune", "fine-tuning on real labels beside transformers"),
     "ablation": ("fastbert.bench.ablation", "the step with one technique switched off at a time"),
     "breakdown": ("fastbert.bench.breakdown", "where a step's time goes, by kind of work"),
     "all": ("fastbert.bench.every", "every suite; --quick within two minutes"),

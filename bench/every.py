@@ -50,6 +50,7 @@ class Part:
 def parts() -> list[Part]:
     """All suites, those first that a newcomer looks at first."""
     own = ["train-step", "encode", "layer", "kernels", "packing", "ablation", "breakdown", "sweep"]
+    own += ["pretrain", "finetune"]
     found = [Part(name, f"fastbert.bench.{name.replace('-', '_')}") for name in own]
     quick_drop_in = ("--task", "encode", "--paragraphs", "32", "--repeats", "2")
     found.append(Part("drop-in", "fastbert.bench.drop_in", quick_words=quick_drop_in))

