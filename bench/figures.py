@@ -7,6 +7,7 @@ docs/performance.md is written from bench/results, so that no figure is typed by
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,12 +22,13 @@ RESULTS, PICTURES = Path("bench/results"), Path("docs/pictures")
 PAGES = (Path("README.md"), Path("docs/performance.md"))
 # the machine that README speaks of
 CLASS = "cpu-avx512_bf16"
+LINK = re.compile(r"\]\(((?:bench|docs)/[^)]+)\)")
 BLOCK = re.compile(r"<!-- figures: ([a-z-]+) -->\n(.*?)<!-- end of figures -->", re.DOTALL)
 
 
-def load(root: Path, suite: str, of_class: str = CLASS) -> dict[str, Any]:
-    """The committed run of a suite on one class of machine."""
-    return results.read(root / RESULTS / f"{suite}-{of_class}.json")
+def load(root: Path, suite: str) -> dict[str, Any]:
+    """The committed run of a suite."""
+    return results.read(root / result_file(suite))
 
 
 def written(text: str, root: Path, page: Path = PAGES[0]) -> str:
@@ -40,10 +42,37 @@ def written(text: str, root: Path, page: Path = PAGES[0]) -> str:
         name = found.group(1)
         if name not in BLOCKS:
             raise InputError(f"figures: no block {name!r}; there are {', '.join(BLOCKS)}")
-        made = BLOCKS[name](root).replace("](bench/", f"]({'../' * (len(page.parts) - 1)}bench/")
+        suite, make = BLOCKS[name]
+        if result_file(suite).as_posix() in committed(root):
+            made = LINK.sub(lambda link: f"]({_from(page, link.group(1))})", make(root))
+        else:
+            made = (
+                f"Not measured yet: `fastbert bench {suite} --json {result_file(suite)}`, then "
+                "`make figures`."
+            )
         return f"<!-- figures: {name} -->\n{made}\n<!-- end of figures -->"
 
     return BLOCK.sub(block, text)
+
+
+def result_file(suite: str) -> Path:
+    """Where a suite's committed run lies."""
+    return RESULTS / f"{suite}-{CLASS}.json"
+
+
+def committed(root: Path) -> set[str]:
+    """The result files that are there, from the root."""
+    return {path.relative_to(root).as_posix() for path in (root / RESULTS).glob("*.json")}
+
+
+def _from(page: Path, target: str) -> str:
+    return Path(os.path.relpath(target, page.parent)).as_posix()
+
+
+def picture(root: Path, name: str, said: str) -> list[str]:
+    """A line that shows a picture; none where its result has none."""
+    file = PICTURES / f"{name}.svg"
+    return [f"![{said}]({file.as_posix()})"] if (root / file).is_file() else []
 
 
 def headline(root: Path) -> str:
@@ -58,20 +87,40 @@ def headline(root: Path) -> str:
         f"transformers in fp32 and {single['median']:.1f} times in bf16**, on sentences of uneven "
         f"length ({share:.0%} of transformers' padded batch is padding): same weights, same "
         f"data, same losses and gradients by the [error rule](#how-we-know-it-is-right)"
-        f"{results.busy(found)}."
+        f"{results.busy(found)}.\n\n"
+        + "\n".join(picture(root, "train-step-0", "One training step beside transformers"))
     )
 
 
 def train_step(root: Path) -> str:
     """The table of the training step."""
     found = load(root, "train-step")
-    return "\n\n".join([_rows_table(case) for case in found["cases"]] + [_source(found)])
+    return "\n\n".join([*map(_rows_table, found["cases"]), _source(found)])
 
 
 def encode(root: Path) -> str:
     """The table of texts to vectors."""
     found = load(root, "encode")
-    return "\n\n".join([_rows_table(case) for case in found["cases"]] + [_source(found)])
+    shown = picture(root, "encode-0", "Encoding beside sentence-transformers and ONNX Runtime")
+    return "\n\n".join([*map(_rows_table, found["cases"]), *shown, _source(found)])
+
+
+def breakdown(root: Path) -> str:
+    """Where a step goes, a picture a dtype."""
+    found = load(root, "breakdown")
+    shown = [
+        line
+        for number in range(len(found["cases"]))
+        for line in picture(root, f"breakdown-{number}", "Where a step's time goes")
+    ]
+    return "\n\n".join([*shown, _source(found)])
+
+
+def roofline(root: Path) -> str:
+    """Our operators below the ceilings."""
+    found = load(root, "kernels")
+    shown = picture(root, "roofline", "Our operators below the machine's measured ceilings")
+    return "\n\n".join([*shown, _source(found)])
 
 
 def padding(root: Path) -> str:
@@ -83,7 +132,8 @@ def padding(root: Path) -> str:
             continue
         times = _speedup(case, "fastbert bf16", "transformers bf16")
         lines.append(f"| {case['conditions']['value']:g} % | {_with_spread(times)} |")
-    return "\n".join([*lines, "", _source(found)])
+    shown = picture(root, "sweep-padding", "Speed-up against the share of padding")
+    return "\n\n".join(["\n".join(lines), *shown, _source(found)])
 
 
 def ablation(root: Path) -> str:
@@ -93,22 +143,27 @@ def ablation(root: Path) -> str:
     for case in found["cases"]:
         for row in case["rows"]:
             if row["status"] != "measured":
-                lines.append(f"| {row['provider']} | {row['dtype']} | {row['reason']} | |")
+                name = row["provider"].removeprefix("without ")
+                lines.append(f"| {name} | {row['dtype']} | {row['reason']} | |")
                 continue
             by = "" if row["provider"] == "fastbert" else _with_spread(
                 _speedup(case, f"fastbert {row['dtype']}", results.label(row))
             )  # fmt: skip
             name = row["provider"].removeprefix("without ").replace("fastbert", "nothing")
             lines.append(f"| {name} | {row['dtype']} | {row['ms']['median']:,.0f} | {by} |")
-    return "\n".join([*lines, "", _source(found)])
+    shown = picture(root, "ablation-0", "The step with one technique off at a time")
+    return "\n\n".join(["\n".join(lines), *shown, _source(found)])
 
 
-BLOCKS: dict[str, Callable[[Path], str]] = {
-    "headline": headline,
-    "train-step": train_step,
-    "encode": encode,
-    "padding": padding,
-    "ablation": ablation,
+# by name, the suite whose run it reads, and who writes it
+BLOCKS: dict[str, tuple[str, Callable[[Path], str]]] = {
+    "headline": ("train-step", headline),
+    "train-step": ("train-step", train_step),
+    "encode": ("encode", encode),
+    "padding": ("sweep", padding),
+    "ablation": ("ablation", ablation),
+    "breakdown": ("breakdown", breakdown),
+    "roofline": ("kernels", roofline),
 }
 
 
@@ -170,6 +225,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--check", action="store_true", help="write nothing; 1 where one differs")
     given = parser.parse_args(arguments)
+    drawn = []
+    if not given.check:
+        from fastbert.bench.page import pictures
+
+        # the pages show those that are there
+        drawn = pictures([load(ROOT, suite) for suite in _measured(ROOT)], ROOT / PICTURES)
     changed = []
     for page in PAGES:
         path = ROOT / page
@@ -185,18 +246,11 @@ def main(arguments: Sequence[str]) -> int:
     if given.check:
         print("\n".join(f"{page}: figures are not those of {RESULTS}" for page in changed))
         return 1 if changed else 0
-    from fastbert.bench.page import pictures
-
-    files = [path for path in sorted((ROOT / RESULTS).glob(f"*-{CLASS}.json")) if _is_ours(path)]
-    drawn = pictures([results.read(path) for path in files], ROOT / PICTURES)
     print(f"{', '.join(changed) or 'no page'} changed; {len(drawn)} pictures in {PICTURES}")
     return 0
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a result file is of the registry's form; some suites have their own."""
-    try:
-        results.read(path)
-    except InputError:
-        return False
-    return True
+def _measured(root: Path) -> list[str]:
+    """The suites of the blocks whose runs are committed."""
+    suites = dict.fromkeys(suite for suite, _ in BLOCKS.values())
+    return [suite for suite in suites if (root / result_file(suite)).is_file()]

@@ -20,6 +20,15 @@ AXES = {
     "vocabulary": "words in the vocabulary",
 }
 COST = "ms a thousand real tokens"
+TITLES = {
+    "train-step": "One training step",
+    "encode": "Texts to vectors",
+    "layer": "One encoder layer",
+    "ablation": "One training step, one technique off at a time",
+    "pretrain": "Pre-training on real text",
+    "finetune": "Fine-tuning on real labels",
+    "kernels": "One operator",
+}
 STYLE = """
 :root { color-scheme: light; --ink: #1b1f24; --muted: #6b7280; --rule: #e5e7eb; }
 body { font: 15px/1.5 Inter, system-ui, sans-serif; color: var(--ink); margin: 0 auto;
@@ -58,7 +67,10 @@ def drawn(found: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         return
     for number, case in enumerate(found["cases"]):
         if charts.measured(case):
-            yield f"{suite}-{number}", charts.bars(case, f"{suite}: {case['name']}")
+            yield (
+                f"{suite}-{number}",
+                charts.bars(case, f"{TITLES.get(suite, suite)}: {case['name']}"),
+            )
 
 
 def pictures(runs: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
