@@ -201,14 +201,23 @@ def roofline(found: dict[str, Any], title: str) -> Any:
         ridge = peak / bandwidth
         axis.plot([low, ridge, high], [1e3 * low * bandwidth, 1e3 * peak, 1e3 * peak],
                   color=colour, linewidth=1.6, zorder=1)  # fmt: skip
-        axis.text(high, 1e3 * peak * 1.06, f"{dtype}: {1e3 * peak:,.0f} GFLOP/s", ha="right",
-                  fontsize=9, color=colour)  # fmt: skip
+        axis.text(1.15 * ridge, 1.06e3 * peak, f"{dtype}: {1e3 * peak:,.0f} GFLOP/s", fontsize=9,
+                  color=colour)  # fmt: skip
     markers = {"fp32": "s", "bf16": "o"}
     for name, dtype, intensity, rate in points:
         axis.scatter([intensity], [1e3 * rate], color=OURS_COLOUR, marker=markers[dtype], s=34,
                      zorder=3)  # fmt: skip
-        axis.annotate(f"{name} {dtype}", (intensity, 1e3 * rate), xytext=(7, -3),
-                      textcoords="offset points", fontsize=8.5, color=INK)  # fmt: skip
+        # towards the middle, where there is room
+        side = -1 if intensity > (low * high) ** 0.5 else 1
+        axis.annotate(
+            f"{name} {dtype}",
+            (intensity, 1e3 * rate),
+            xytext=(7 * side, -3),
+            textcoords="offset points",
+            ha="left" if side > 0 else "right",
+            fontsize=8.5,
+            color=INK,
+        )
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlim(low, high)
