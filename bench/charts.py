@@ -201,7 +201,7 @@ def roofline(found: dict[str, Any], title: str) -> Any:
         ridge = peak / bandwidth
         axis.plot([low, ridge, high], [1e3 * low * bandwidth, 1e3 * peak, 1e3 * peak],
                   color=colour, linewidth=1.6, zorder=1)  # fmt: skip
-        axis.text(1.15 * ridge, 1.06e3 * peak, f"{dtype}: {1e3 * peak:,.0f} GFLOP/s", fontsize=9,
+        axis.text(1.9 * ridge, 1.06e3 * peak, f"{dtype}: {1e3 * peak:,.0f} GFLOP/s", fontsize=9,
                   color=colour)  # fmt: skip
     markers = {"fp32": "s", "bf16": "o"}
     for name, dtype, intensity, rate in points:
@@ -212,7 +212,7 @@ def roofline(found: dict[str, Any], title: str) -> Any:
         axis.annotate(
             f"{name} {dtype}",
             (intensity, 1e3 * rate),
-            xytext=(7 * side, -3),
+            xytext=(7 * side, -8),
             textcoords="offset points",
             ha="left" if side > 0 else "right",
             fontsize=8.5,
