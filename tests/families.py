@@ -82,7 +82,10 @@ def their_model(family: str, name: str, seed: int = 0, **fields: Any) -> nn.Modu
     # eager softmax of ModernBERT is fp32 in any dtype, and NaN for fp64's mask
     config._attn_implementation = "sdpa" if family == "modernbert" else "eager"
     torch.manual_seed(seed)
-    return stirred(getattr(transformers, architecture)(config), seed).eval()
+    model = getattr(transformers, architecture)(config)
+    if architecture == "XLMRobertaForMultipleChoice" and model.roberta.pooler is None:
+        pytest.skip("this transformers' XLMRobertaForMultipleChoice lacks the pooler it reads")
+    return stirred(model, seed).eval()
 
 
 def our_class(name: str) -> type[Model]:

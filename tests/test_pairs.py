@@ -76,7 +76,10 @@ def test_pairs_are_joined_as_transformers_joins_them(family, tmp_path):
         assert joined.token_type_ids.tolist() == expected["token_type_ids"]
         assert joined.input_ids[joined.second :][: len(parts[1])].tolist() == parts[1].tolist()
         assert join(ours, parts[0]).input_ids.tolist() == theirs(first)["input_ids"]
-    separators = 2 if family in ("roberta", "xlm-roberta") else 1
+    separators = expected["input_ids"].count(theirs.sep_token_id) - 1
+    if family != "xlm-roberta":
+        # of which transformers 5.0 joins pairs by one, later releases by two
+        assert separators == (2 if family == "roberta" else 1)
     ids = join(ours, *parts).input_ids.tolist()
     assert ids.count(ours.sep_id) == separators + 1 and ids[0] == ours.cls_id
     assert room(ours, True, 64) == 64 - separators - 2
