@@ -73,11 +73,14 @@ def test_linear_cross_entropy(rows, vocab_size, dtype):
     )
 
 
+# chunks of logits, each in pieces; or one chunk, whose weight gradient is made in backward
+@pytest.mark.parametrize("at_once, piece", [(67 * 7, 67 * 3), (67 * 40, 67 * 9)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("smoothing, z_loss", EXTRAS)
-def test_linear_cross_entropy_in_chunks(smoothing, z_loss, dtype, monkeypatch):
+def test_linear_cross_entropy_in_chunks(smoothing, z_loss, dtype, at_once, piece, monkeypatch):
     labels = some_labels(40, 67)
-    monkeypatch.setattr(reference, "LOGITS_AT_ONCE", 67 * 7)
+    monkeypatch.setattr(reference, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(reference, "PIECE", piece)
 
     def ours(hidden, weight, bias):
         return ops.linear_cross_entropy(
@@ -168,6 +171,17 @@ def test_poisoned_ignored_rows_reach_nothing(smoothing, z_loss, dtype):
     for clean, dirty in zip(*results, strict=True):
         assert torch.equal(clean, dirty)
     assert (results[1][2][labels == -100] == 0).all()
+
+
+@pytest.mark.parametrize("at_once", [67, 67 * 9])
+def test_backward_twice_gives_the_same_again(at_once, monkeypatch):
+    monkeypatch.setattr(reference, "LOGITS_AT_ONCE", at_once)
+    leaves = [torch.randn(9, 24), torch.randn(67, 24), torch.randn(67)]
+    hidden, weight, bias = (leaf.requires_grad_() for leaf in leaves)
+    loss, _ = ops.linear_cross_entropy(hidden, weight, some_labels(9, 67), bias)
+    first = torch.autograd.grad(0.5 * loss, leaves, retain_graph=True)
+    for one, other in zip(first, torch.autograd.grad(0.5 * loss, leaves), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_all_rows_ignored():
