@@ -71,9 +71,11 @@ class Contender:
 class Accuracy:
     """Vectors in fp64 of some texts, and pairs whose similarity people have judged."""
 
-    def __init__(self, folder: str, texts: Sequence[str], device: torch.device) -> None:
+    def __init__(
+        self, folder: str, texts: Sequence[str], device: torch.device, *, judged: bool = True
+    ) -> None:
         self._folder, self.texts, self._device = folder, texts[:PARITY_TEXTS], device
-        path = data_file(SIMILARITY)
+        path = data_file(SIMILARITY) if judged else None
         self.pairs = [] if path is None else _pairs(str(path))
 
     @functools.cached_property
@@ -114,7 +116,7 @@ def cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
     path = options.text or data_file(WIKIPEDIA)
     if path is None:
         raise InputError(f"--text: name a text file; {WIKIPEDIA} is not among the data sets")
-    texts = read_paragraphs(path, options.paragraphs // (4 if options.quick else 1))
+    texts = read_paragraphs(path, max(8, options.paragraphs // (16 if options.quick else 1)))
     with encoders.graphs() as graphs:
         yield _case(options, folder, texts, device, graphs)
 
@@ -126,7 +128,7 @@ def _case(
     device: torch.device,
     graphs: dict[str, Path],
 ) -> Case:
-    accuracy = Accuracy(folder, texts, device)
+    accuracy = Accuracy(folder, texts, device, judged=not options.quick)
     found: list[Provider] = []
 
     def add(

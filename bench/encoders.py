@@ -148,10 +148,17 @@ def _graph(folder: str, kind: str, cache: dict[str, Path]) -> Path:
         cache["optimised"] = cache["folder"] / "optimised.onnx"
         model.save_model_to_file(str(cache["optimised"]))
     if kind == "int8" and "int8" not in cache:
+        import onnx
         from onnxruntime.quantization import quantize_dynamic
 
         cache["int8"] = cache["folder"] / "int8.onnx"
-        quantize_dynamic(cache["optimised"], cache["int8"], per_channel=True)
+        # onnx knows no types behind the optimiser's fused operators
+        quantize_dynamic(
+            cache["optimised"],
+            cache["int8"],
+            per_channel=True,
+            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+        )
     return cache[kind]
 
 

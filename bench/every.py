@@ -49,9 +49,10 @@ class Part:
 
 def parts() -> list[Part]:
     """All suites, those first that a newcomer looks at first."""
-    own = ["train-step", "encode", "layer", "kernels", "packing", "ablation", "breakdown", "sweep"]
-    own += ["pretrain", "finetune"]
+    own = ["train-step", "encode", "layer", "kernels", "packing", "pretrain", "finetune"]
     found = [Part(name, f"fastbert.bench.{name.replace('-', '_')}") for name in own]
+    for name in ("ablation", "breakdown", "sweep"):
+        found.append(Part(name, f"fastbert.bench.{name}", quick_words=None))
     quick_drop_in = ("--task", "encode", "--paragraphs", "32", "--repeats", "2")
     found.append(Part("drop-in", "fastbert.bench.drop_in", quick_words=quick_drop_in))
     found.append(_loader())
