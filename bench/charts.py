@@ -257,7 +257,8 @@ def breakdown(parts: dict[str, dict[str, float]], title: str) -> Any:
                 axis.text(left + value / 2, place, f"{value / total:.0%}", ha="center",
                           va="center", color="white", fontsize=9)  # fmt: skip
             left += value
-        axis.text(left * 1.01, place, f"{total:,.0f} ms", va="center", fontsize=9, color=INK)
+        axis.annotate(f"{total:,.0f} ms", (left, place), xytext=(7, 0), textcoords="offset points",
+                      va="center", fontsize=9, color=INK)  # fmt: skip
     axis.set_yticks(range(len(parts)), list(parts))
     axis.invert_yaxis()
     _bare(axis)
@@ -339,4 +340,4 @@ def _bare(axis: Any) -> None:
 def _round_ticks(axis: Any) -> None:
     ticker = importlib.import_module("matplotlib.ticker")
     axis.yaxis.set_major_locator(ticker.LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=12))
-    axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,g}"))

@@ -69,6 +69,7 @@ def test_the_batch_size_that_took_least_is_kept(monkeypatch):
     assert taken == [8, 8, 16, 16, 32, 32, 16]
 
 
+@pytest.mark.slow
 def test_the_suite_shows_what_is_absent(monkeypatch, tmp_path):
     monkeypatch.setattr(ceilings, "CPU_MATMUL_SIZE", 64)
     monkeypatch.setattr(ceilings, "CPU_COPY_BYTES", 1 << 16)
