@@ -126,11 +126,10 @@ CASES = (
         ("f1", "precision", "recall"),
         "F1 40",
         settings={
-            "epochs": 4,
+            "epochs": 8,
             "learning_rate": 3e-4,
             "max_seq_len": 128,
-            "keep_best": False,
-            "evaluate_epochs": 0,
+            "evaluate_epochs": 2,
         },
         peer=True,
     ),
