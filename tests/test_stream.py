@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import threading
-import time
 from itertools import islice
 
 import numpy as np
@@ -233,13 +232,6 @@ def threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "batches"]
 
 
-def ended(seconds: float = 20.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while threads() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return not threads()
-
-
 @pytest.mark.parametrize("depth", [1, 4])
 def test_prefetching_changes_nothing(depth):
     source = stream()
@@ -249,7 +241,7 @@ def test_prefetching_changes_nothing(depth):
         assert position == source.position
     assert threads()
     ahead.close()
-    assert ended()
+    assert not threads()
 
 
 def test_prefetched_positions_resume():
@@ -276,7 +268,7 @@ def test_prefetching_hands_exceptions_on():
     next(ahead)
     with pytest.raises(InputError, match="the text went away"):
         next(ahead)
-    assert ended()
+    assert not threads()
 
 
 class Ending(PretrainingStream):
@@ -289,7 +281,7 @@ class Ending(PretrainingStream):
 def test_prefetching_ends_where_the_stream_does():
     ahead = prefetch(Ending(tiny_corpus(), tiny_tokenizer(), CONFIG))
     assert len(list(ahead)) == 2
-    assert ended()
+    assert not threads()
 
 
 @pytest.mark.parametrize(

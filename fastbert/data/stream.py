@@ -181,7 +181,7 @@ def prefetch(
 ) -> Generator[tuple[PackedBatch, Position], None, None]:
     """Batches prepared by a thread, each with the position after it, for a resume.
 
-    The thread ends when the iterator is closed, or with the stream.
+    The thread has ended when the iterator is closed, or ends with the stream.
     """
     ready: queue.Queue[tuple[PackedBatch, Position] | BaseException | None] = queue.Queue(depth)
     closed = threading.Event()
@@ -196,7 +196,8 @@ def prefetch(
         except BaseException as error:
             _put(ready, error, closed)
 
-    threading.Thread(target=produce, daemon=True, name="batches").start()
+    thread = threading.Thread(target=produce, daemon=True, name="batches")
+    thread.start()
     try:
         while True:
             item = ready.get()
@@ -207,6 +208,8 @@ def prefetch(
             yield item
     finally:
         closed.set()
+        # one that outlives its process is torn out of torch's code, which then aborts
+        thread.join()
 
 
 def heldout_batches(
