@@ -53,9 +53,10 @@ def test_loss_is_binary_cross_entropy_of_the_targets():
         return {"logits": torch.randn(5, generator=generator, dtype=torch.float64)}
 
     check_operator(operator, baseline, inputs, torch.float32)
-    loss, right = detection_loss(
-        torch.tensor([2.0, 2.0, float("nan"), -1.0, -1.0]), torch.tensor([1, 0, -100, 1, 0])
-    )
+    logits = torch.tensor([2.0, 2.0, float("nan"), -1.0, -1.0], requires_grad=True)
+    loss, right = detection_loss(logits, torch.tensor([1, 0, IGNORE_INDEX, 1, 0]))
+    loss.backward()
+    assert logits.grad.isfinite().all() and logits.grad[2] == 0
     assert loss.isfinite() and right == 2
 
 
