@@ -36,6 +36,7 @@ class Part:
         words: its flags; None where what it needs is missing.
         quick_words: the same for a quick look; None where it takes too long.
         needs_gpu: skipped without one.
+        names_its_file: takes a folder and names the file in it by the device.
         why: it is not run, where `words` or `quick_words` is None.
     """
 
@@ -44,6 +45,7 @@ class Part:
     words: Sequence[str] | None = ()
     quick_words: Sequence[str] | None = ("--quick",)
     needs_gpu: bool = False
+    names_its_file: bool = False
     why: str = "takes minutes even at its smallest; run it by name"
 
 
@@ -58,8 +60,14 @@ def parts() -> list[Part]:
     found.append(_loader())
     found.append(Part("tasks", "fastbert.bench.tasks", None, None, why="hours; run it by name"))
     found += [
-        Part("attention", "fastbert.bench.attention", needs_gpu=True),
-        Part("gpu-step", "fastbert.bench.gpu_step", needs_gpu=True),
+        Part("attention", "fastbert.bench.attention", quick_words=None, names_its_file=True),
+        Part(
+            "gpu-step",
+            "fastbert.bench.gpu_step",
+            quick_words=None,
+            needs_gpu=True,
+            names_its_file=True,
+        ),
     ]
     return found
 
@@ -91,8 +99,7 @@ def run(
         say(f"\n== {part.name}")
         started = time.monotonic()
         try:
-            written = ["--json", str(folder / f"{part.name}.json")]
-            code = importlib.import_module(part.module).main([*words, *written])
+            code = importlib.import_module(part.module).main([*words, *written(part, folder)])
         except InputError as error:
             say(f"{part.name}: skipped, {error}")
             continue
@@ -102,6 +109,13 @@ def run(
     if red:
         say(f"red rows in {', '.join(red)}")
     return 1 if red else 0
+
+
+def written(part: Part, folder: Path) -> tuple[str, str]:
+    """The flag by which the part leaves its result in the folder."""
+    if part.names_its_file:
+        return "--results", str(folder)
+    return "--json", str(folder / f"{part.name}.json")
 
 
 def _loader() -> Part:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
+
 import pytest
 
 pytest.importorskip("matplotlib", reason="matplotlib comes with the bench extra")
@@ -120,6 +123,27 @@ def test_all_names_what_it_skips_and_goes_on(tmp_path):
     assert "card: skipped, needs a GPU" in said
     assert any(line.startswith("long: skipped, takes minutes") for line in said)
     assert "none: skipped, no data" in said and "mistaken: skipped, a: cannot read" in said
+
+
+class Parsed(Exception):
+    pass
+
+
+def test_every_part_of_all_takes_the_flags_that_it_is_given(tmp_path, monkeypatch):
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parsed(parser, words):
+        parse_args(parser, words)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    for part in every.parts():
+        for words in (part.words, part.quick_words):
+            if words is not None:
+                with pytest.raises(Parsed):
+                    importlib.import_module(part.module).main(
+                        [*words, *every.written(part, tmp_path)]
+                    )
 
 
 def test_every_part_of_all_has_a_command():
