@@ -92,6 +92,11 @@ def masked_lm_loss(
     )
 
 
+def may_be_read(tensor: Tensor) -> bool:
+    """Whether the host reads its numbers without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """The gradient is made while a chunk's logits are at hand, so that no logits are kept."""
 
@@ -116,7 +121,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight, gradient = None, None
         at_once = max(1, LOGITS_AT_ONCE // len(weight))
         # where the loss's own gradient can be asked for without waiting
-        later = hidden.device.type == "cpu" and len(labels) <= at_once
+        later = may_be_read(hidden) and len(labels) <= at_once
         for first in range(0, len(labels), at_once):
             rows = slice(first, first + at_once)
             logits = F.linear(hidden[rows], decoder, offset)

@@ -11,6 +11,7 @@ import torch
 from oracle import SEEDS, ErrorRule
 from safetensors.torch import load_file, save_file
 from simulated_graph import SimulatedGraph
+from simulated_graph import as_on_a_device as as_on_a_device
 from tiny import stirred, tiny_config, tiny_examples
 
 from fastbert.errors import InputError

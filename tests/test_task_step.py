@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from simulated_graph import SimulatedGraph
+from simulated_graph import as_on_a_device as as_on_a_device
 from test_tasks import CASES, Case
 from test_tasks import start as start
 from tiny import tiny_tokenizer
