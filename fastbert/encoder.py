@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastbert.config import EncoderConfig
 from fastbert.kernels import ops
 from fastbert.kernels.ops import Rng
-from fastbert.linear import feed_forward, product, project_qkv
+from fastbert.linear import feed_forward, product, project, project_qkv
 from fastbert.norm import Norm
 from fastbert.packing import PackedBatch
 
@@ -178,7 +177,7 @@ class Encoder(nn.Module):
         rng = self.prepared(batch, rng)
         hidden_states = self.embeddings(batch, rng.at(0) if rng else None)
         if self.projection is not None:
-            hidden_states = F.linear(hidden_states, self.projection.weight, self.projection.bias)
+            hidden_states = project(self.projection, hidden_states)
         for number, index in enumerate(self.order, start=1):
             last = number == len(self.order)
             inputs = (hidden_states, batch, rng, number, rows if last else None)

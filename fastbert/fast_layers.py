@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert.config import EncoderConfig
@@ -72,7 +71,7 @@ def _attention(
     if all(is_plain(module) and module.bias is not None for module in projections):
         weight = torch.cat([module.weight for module in projections])
         bias = torch.cat([module.bias for module in projections])
-        fused = F.linear(hidden_states, weight, bias).view(-1, 3, *heads)
+        fused = ops.linear(hidden_states, weight, bias).view(-1, 3, *heads)
         return ops.fused_qkv_attention(fused, cu_seqlens, **options).flatten(1)
     # somebody's adapter or hook sits there: what it computes is theirs to say
     query, key, value = (module(hidden_states).unflatten(1, heads) for module in projections)

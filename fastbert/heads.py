@@ -50,7 +50,7 @@ class Pooler(nn.Module):
     def forward(self, first_states: Tensor, rng: Rng | None = None) -> Tensor:
         """[sequences, hidden_size] -> [sequences, hidden_size]."""
         kept = dropped(first_states, self.dropout_p, rng, _BEFORE_POOLER)
-        dense = F.linear(kept, self.dense.weight, self.dense.bias)
+        dense = ops.linear(kept, self.dense.weight, self.dense.bias)
         states = _ACTIVATIONS[self.pooling.activation](dense)
         if not self.pooling.has_norm:
             return states
@@ -76,7 +76,7 @@ class MaskedLMHead(nn.Module):
     def transform(self, hidden_states: Tensor) -> Tensor:
         """[rows, hidden_size] -> [rows, embedding width]."""
         approximate = "tanh" if self.activation == "gelu_new" else "none"
-        dense = F.linear(hidden_states, self.dense.weight, self.dense.bias)
+        dense = ops.linear(hidden_states, self.dense.weight, self.dense.bias)
         return ops.layer_norm(
             F.gelu(dense, approximate=approximate),
             self.norm.weight,
@@ -86,7 +86,7 @@ class MaskedLMHead(nn.Module):
 
     def forward(self, hidden_states: Tensor, word_weight: Tensor) -> Tensor:
         """Logits: [rows, hidden_size] -> [rows, vocab_size]."""
-        return F.linear(self.transform(hidden_states), word_weight, self.bias)
+        return ops.linear(self.transform(hidden_states), word_weight, self.bias)
 
     def loss(
         self, hidden_states: Tensor, masked_positions: Tensor, labels: Tensor, word_weight: Tensor
@@ -133,7 +133,7 @@ class DetectionHead(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[rows, hidden_size] -> [rows] logits, positive for replaced tokens."""
         approximate = "tanh" if self.activation == "gelu_new" else "none"
-        dense = F.linear(hidden_states, self.dense.weight, self.dense.bias)
+        dense = ops.linear(hidden_states, self.dense.weight, self.dense.bias)
         activated = F.gelu(dense, approximate=approximate)
         return F.linear(activated, self.projection.weight, self.projection.bias).squeeze(-1)
 

@@ -30,7 +30,7 @@ def is_plain(module: nn.Module) -> bool:
 def project(module: nn.Module, x: Tensor) -> Tensor:
     """The whole projection."""
     if is_plain(module):
-        return F.linear(x, module.weight, module.bias)  # type: ignore[arg-type]
+        return ops.linear(x, module.weight, module.bias)  # type: ignore[arg-type]
     return module(x)  # type: ignore[no-any-return]
 
 
@@ -44,7 +44,7 @@ def project_qkv(module: nn.Module, x: Tensor, rows: Tensor | None) -> Tensor:
 def product(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """The product, and the bias that is still to be added: layer_norm does it on the way."""
     if is_plain(module):
-        return F.linear(x, module.weight), module.bias  # type: ignore[arg-type,return-value]
+        return ops.linear(x, module.weight), module.bias  # type: ignore[arg-type,return-value]
     return module(x), None
 
 

@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.kernels import dropout, feed_forward, launch, layer_norm
-from fastbert.kernels.checks import Draw
+from fastbert.kernels.checks import Draw, wants_gradient
 from fastbert.kernels.registered import (
     Registered,
     refuse_second_derivative,
     row_contiguous,
-    wants_gradient,
 )
 
 dropout_rows = Registered(dropout.dropout_rows)

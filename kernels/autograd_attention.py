@@ -11,12 +11,12 @@ from torch import Tensor
 from fastbert.kernels import attention, attention_backward
 from fastbert.kernels import attention_words as words_kernel
 from fastbert.kernels import rotary as rotary_kernel
+from fastbert.kernels.checks import wants_gradient
 from fastbert.kernels.reference_attention import Plan
 from fastbert.kernels.registered import (
     Registered,
     refuse_second_derivative,
     row_contiguous,
-    wants_gradient,
 )
 
 attention_fwd = Registered(attention.attention_fwd)

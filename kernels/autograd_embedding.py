@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from fastbert.kernels import embedding
-from fastbert.kernels.checks import Draw
+from fastbert.kernels.checks import Draw, wants_gradient
 from fastbert.kernels.registered import (
     Registered,
     refuse_second_derivative,
     row_contiguous,
-    wants_gradient,
 )
 
 embedding_fwd = Registered(embedding.embedding_fwd)

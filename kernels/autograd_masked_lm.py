@@ -15,8 +15,8 @@ from fastbert.kernels.autograd import (
     layer_norm_bwd,
     layer_norm_fwd,
 )
-from fastbert.kernels.checks import NO_DRAW
-from fastbert.kernels.registered import Registered, refuse_second_derivative, wants_gradient
+from fastbert.kernels.checks import NO_DRAW, wants_gradient
+from fastbert.kernels.registered import Registered, refuse_second_derivative
 
 gather_rows = Registered(masked_lm.gather_rows)
 scatter_rows = Registered(masked_lm.scatter_rows)

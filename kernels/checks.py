@@ -38,6 +38,11 @@ def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for the gradient of any of these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def check_dropout(operator: str, dropout_p: float, rng: Rng | None) -> None:
     """Raise ValueError where the probability is none, or there is nothing to draw from."""
     if not 0.0 <= dropout_p < 1.0:

@@ -36,6 +36,7 @@ from fastbert.kernels.launch import describe, use_backend
 from fastbert.kernels.layout import Layout
 from fastbert.kernels.masked_lm_ops import CrossEntropy, linear_cross_entropy, masked_lm_loss
 from fastbert.kernels.philox import Rng, uniforms
+from fastbert.kernels.products import linear
 from fastbert.kernels.selected_qkv import selected_qkv
 from fastbert.kernels.transfer import overwrite, sent
 
@@ -54,6 +55,7 @@ __all__ = [
     "gated_feed_forward",
     "layer_norm",
     "layer_norm_with_sum",
+    "linear",
     "linear_cross_entropy",
     "masked_lm_loss",
     "overwrite",

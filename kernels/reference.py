@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.kernels.philox import Rng, keep_mask
-
-_GELU = {"gelu": "none", "gelu_new": "tanh"}
+from fastbert.kernels.products import GELU, linear, linear_gelu
 
 
 def dropout(x: Tensor, dropout_p: float, rng: Rng | None) -> Tensor:
@@ -109,7 +108,7 @@ def feed_forward(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor | None, *, activation: str
 ) -> Tensor:
     """GELU(x w1' + b1) w2' + b2 (Hendrycks and Gimpel 2016)."""
-    return F.linear(F.gelu(F.linear(x, w1, b1), approximate=_GELU[activation]), w2, b2)
+    return linear(linear_gelu(x, w1, b1, activation), w2, b2)
 
 
 def gated_feed_forward(
@@ -122,5 +121,5 @@ def gated_feed_forward(
     activation: str,
 ) -> Tensor:
     """(GELU(a) * g) w2' + b2 with [a | g] = x w1' + b1 (Shazeer 2020)."""
-    activated, gate = F.linear(x, w1, b1).chunk(2, dim=-1)
-    return F.linear(F.gelu(activated, approximate=_GELU[activation]) * gate, w2, b2)
+    activated, gate = linear(x, w1, b1).chunk(2, dim=-1)
+    return linear(F.gelu(activated, approximate=GELU[activation]) * gate, w2, b2)

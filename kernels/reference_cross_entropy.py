@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.kernels import reference
+from fastbert.kernels.products import input_gradient, linear, linear_gelu, weight_gradient
 
 # logits held at once, in elements: 32 MiB of fp32
 LOGITS_AT_ONCE = 1 << 23
@@ -69,8 +69,7 @@ def masked_lm_loss(
     rows = hidden_states.index_select(0, masked_positions)
     # a row nobody asked for may hold anything
     rows = rows.masked_fill((labels == ignore_index)[:, None], 0.0)
-    dense = F.linear(rows, dense_weight, dense_bias)
-    activated = F.gelu(dense, approximate="tanh" if activation == "gelu_new" else "none")
+    activated = linear_gelu(rows, dense_weight, dense_bias, activation)
     normed = reference.layer_norm(
         activated,
         norm_weight,
@@ -124,14 +123,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         later = may_be_read(hidden) and len(labels) <= at_once
         for first in range(0, len(labels), at_once):
             rows = slice(first, first + at_once)
-            logits = F.linear(hidden[rows], decoder, offset)
+            logits = linear(hidden[rows], decoder, offset)
             extras = (label_smoothing, z_loss, wanted)
             sums.add(logits, targets[rows], ignored[rows, None], *extras)
             if wanted:
                 gradient = logits
-                torch.mm(gradient, decoder, out=grad_hidden[rows])
+                grad_hidden[rows] = input_gradient(gradient, decoder)
             if wanted and not later:
-                product = (logits.t() @ hidden[rows]).to(weight.dtype)
+                product = weight_gradient(logits, hidden[rows]).to(weight.dtype)
                 # no zeros to fill and add to where one chunk is all
                 grad_weight = product if grad_weight is None else grad_weight.add_(product)
         ctx.mark_non_differentiable(sums.correct)
@@ -159,8 +158,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight)
         else:
             # the vocabulary's gradient is large: it is made with its scale, not scaled once made
-            product = torch.empty_like(weight, dtype=hidden.dtype)
-            torch.addmm(product, gradient.t(), hidden, beta=0, alpha=scale.item(), out=product)
+            product = weight_gradient(gradient, hidden, scale.item())
             grad_weight = product.to(weight.dtype)
         grad_bias = None if grad_bias is None else (grad_bias * scale).to(ctx.bias_dtype)
         return grad_hidden * scale, grad_weight, None, grad_bias, None, None, None

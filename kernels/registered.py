@@ -31,11 +31,6 @@ class Registered:
         return self.launcher(*arguments)
 
 
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for the gradient of any of these."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def row_contiguous(gradient: Tensor) -> Tensor:
     """The gradient with its rows in memory, which an expanded one, as a sum's, has not."""
     return gradient if gradient.stride(-1) == 1 else gradient.contiguous()

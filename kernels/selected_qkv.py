@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.kernels.checks import check_shapes, compute_dtype, no_autocast
+from fastbert.kernels.products import input_gradient, linear, weight_gradient
 
 
 def selected_qkv(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
@@ -62,11 +63,11 @@ class _SelectedQKV(torch.autograd.Function):
         # a row that comes twice has one query, and its gradient goes to one slot
         first = (slot_of.index_select(0, rows) == slots)[:, None]
         query_bias, other_bias = (None, None) if bias is None else bias.tensor_split([hidden_size])
-        query = F.linear(x.index_select(0, rows), weight[:hidden_size], query_bias)
+        query = linear(x.index_select(0, rows), weight[:hidden_size], query_bias)
         projected = x.new_empty(len(x), 3 * hidden_size)
         # a gather, which is the same in every run, in place of a scatter
         projected[:, :hidden_size] = F.pad(query, (0, 0, 0, 1)).index_select(0, slot_of)
-        projected[:, hidden_size:] = F.linear(x, weight[hidden_size:], other_bias)
+        projected[:, hidden_size:] = linear(x, weight[hidden_size:], other_bias)
         ctx.save_for_backward(x, weight, rows, first)
         return projected
 
@@ -78,12 +79,11 @@ class _SelectedQKV(torch.autograd.Function):
         of_query = gradient[:, :hidden_size].index_select(0, rows).masked_fill(~first, 0.0)
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = (of_others @ weight[hidden_size:]).index_add(
-                0, rows, of_query @ weight[:hidden_size]
-            )
+            dx = input_gradient(of_others, weight[hidden_size:])
+            dx = dx.index_add(0, rows, input_gradient(of_query, weight[:hidden_size]))
         if ctx.needs_input_grad[1]:
-            of_rows = of_query.t() @ x.index_select(0, rows)
-            dweight = torch.cat([of_rows, of_others.t() @ x])
+            of_rows = weight_gradient(of_query, x.index_select(0, rows))
+            dweight = torch.cat([of_rows, weight_gradient(of_others, x)])
         if ctx.needs_input_grad[2]:
             dbias = torch.cat([of_query.sum(dim=0), of_others.sum(dim=0)])
         return dx, dweight, dbias, None

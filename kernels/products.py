@@ -1,0 +1,179 @@
+"""Matrix products of linear layers: on CPUs by oneDNN, where torch would take a slower library.
+
+    y = x W' + b        dx = dy W        dW = dy' x        db = sum of dy's rows
+
+torch multiplies in fp32 with MKL, which keeps its widest instructions for processors of its maker;
+in 16 bits it writes a bias into the result before the product and reads it back. oneDNN is inside
+torch too, takes the widest instructions of any processor, and adds bias and GELU on the way out.
+It adds up longer chains of fp32 terms than MKL does: long ones are cut here, for the error rule's
+sake. Everywhere else a product is torch's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastbert.kernels.checks import compute_dtype, no_autocast, wants_gradient
+
+CPU_INFO = Path("/proc/cpuinfo")
+# fp32 terms added up in one chain: of an output, where every cut costs a pass over it, and of a
+# weight's gradient, where none is to be seen
+MOST_TERMS, MOST_ROWS = 1024, 256
+# above so many elements, turning a gradient round costs more than the better order of its product
+MOST_TURNED = 1 << 22
+_PLAIN = (Tensor, nn.Parameter)
+GELU = {"gelu": "none", "gelu_new": "tanh"}
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """torch.nn.functional.linear, differentiable.
+
+    Args:
+        x: [..., in]; the result is [..., out] in its dtype, or the autocast dtype.
+        weight: [out, in]; bias: [out].
+    """
+    dtype = compute_dtype(x)
+    if not (_takes(x, dtype, bias is not None) and _fit(x, weight, bias)):
+        return F.linear(x, weight, bias)
+    with no_autocast(x):
+        return _apply(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """GELU(x W' + b), differentiable; one pass over the result where no gradient is asked for."""
+    plain = not (wants_gradient(x, weight, bias) or torch.is_autocast_enabled(x.device.type))
+    whole = x.dtype != torch.float32 or x.shape[-1] <= MOST_TERMS
+    if plain and whole and _takes(x, x.dtype, True) and _fit(x, weight, bias):
+        return _onednn(x, weight, bias, "gelu", GELU[activation])
+    return F.gelu(linear(x, weight, bias), approximate=GELU[activation])
+
+
+def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
+    """[rows, out] times [out, in]; without a gradient of its own."""
+    if _takes(gradient, gradient.dtype, False) and gradient.numel():
+        return _product(gradient, weight.t(), None)
+    return gradient @ weight
+
+
+def weight_gradient(gradient: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
+    """scale times [rows, out]' times [rows, in]; without a gradient of its own."""
+    if not (_takes(gradient, gradient.dtype, False) and gradient.numel() and x.numel()):
+        product = gradient.new_empty(gradient.shape[1], x.shape[1])
+        return torch.addmm(product, gradient.t(), x, beta=0, alpha=scale)
+    x = x if scale == 1.0 else x * scale
+    wide, narrow = gradient.shape[1], x.shape[1]
+    # oneDNN copies its first factor: better the smaller one, and the result turned round
+    turned = narrow < wide and narrow * wide <= MOST_TURNED
+    total: Tensor | None = None
+    for rows, of_rows in zip(gradient.split(MOST_ROWS), x.split(MOST_ROWS), strict=True):
+        first, second = (of_rows, rows) if turned else (rows, of_rows)
+        part = _onednn(first.t(), second.t(), None)
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total.t().contiguous() if turned else total
+
+
+def _apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not wants_gradient(x, weight, bias):
+        return _product(x, weight, bias)
+    return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        rows, of_rows = gradient.flatten(0, -2), x.flatten(0, -2)
+        if torch.is_grad_enabled():
+            # a second derivative runs through these
+            dx, dweight = rows @ weight, rows.t() @ of_rows
+        else:
+            dx = input_gradient(rows, weight) if needs_x else None
+            dweight = weight_gradient(rows, of_rows) if needs_weight else None
+        return (
+            dx.view(x.shape) if needs_x else None,
+            dweight if needs_weight else None,
+            rows.sum(dim=0) if needs_bias else None,
+        )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W' + b, in as many parts as long chains need."""
+    if x.dtype != torch.float32 or x.shape[-1] <= MOST_TERMS:
+        return _onednn(x, weight, bias)
+    size = -(-x.shape[-1] // -(-x.shape[-1] // MOST_TERMS))
+    first, *others = zip(x.split(size, -1), weight.split(size, -1), strict=True)
+    total = _onednn(*first, bias)
+    for part in others:
+        total += _onednn(*part, None)
+    return total
+
+
+def _onednn(
+    x: Tensor, weight: Tensor, bias: Tensor | None, then: str = "none", how: str = ""
+) -> Tensor:
+    # a matrix with gaps between its rows would go to code that knows no instructions
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], how)  # type: ignore
+
+
+def _takes(x: Tensor, dtype: torch.dtype, has_bias: bool) -> bool:
+    """Whether oneDNN is the faster library for this product, and may be called by itself."""
+    # compilers and tracers know products by torch's own names
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if x.device.type != "cpu" or x.dim() < 2 or type(x) not in _PLAIN:
+        return False
+    # torch.backends.mkldnn.flags(enabled=False) switches it off, here as everywhere
+    if not torch._C._get_mkldnn_enabled():  # type: ignore[attr-defined]
+        return False
+    if dtype == torch.float32:
+        return has_slow_fp32()
+    return has_bias and dtype == torch.bfloat16 and _has_bf16()
+
+
+def _fit(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether torch would take these; where not, it says why."""
+    others = [weight] if bias is None else [weight, bias]
+    cast = torch.is_autocast_enabled(x.device.type)
+    return (
+        all(type(t) in _PLAIN and t.device == x.device for t in others)
+        and (cast or all(t.dtype == x.dtype for t in others))
+        and x.numel() > 0
+        and weight.numel() > 0
+        and weight.dim() == 2
+        and x.shape[-1] == weight.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
+    )
+
+
+@functools.cache
+def has_slow_fp32() -> bool:
+    """Whether torch's own library for fp32 leaves out this processor's widest instructions."""
+    if not (torch.backends.mkl.is_available() and _has_onednn()):
+        return False
+    known = CPU_INFO.read_text(encoding="utf-8") if CPU_INFO.exists() else platform.processor()
+    return "AuthenticAMD" in known
+
+
+@functools.cache
+def _has_bf16() -> bool:
+    return _has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

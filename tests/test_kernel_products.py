@@ -1,0 +1,221 @@
+"""Linear layers' products: the error rule, the same gradients, and who is left to torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import SEEDS, ErrorRule
+from torch import nn
+
+from fastbert.kernels import ops, products
+
+DTYPES = (torch.float32, torch.bfloat16)
+# rows, in, out: one chain and several, more rows than one chain takes, one row, wide and narrow
+SHAPES = ((40, 96, 64), (300, 64, 130), (5, 3000, 24), (1, 33, 7), (700, 20, 512))
+
+
+@pytest.fixture(autouse=True)
+def by_onednn(monkeypatch: pytest.MonkeyPatch):
+    """On processors of any maker."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(products, "has_slow_fp32", lambda: True)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The weights that oneDNN is given."""
+    found: list[torch.Tensor] = []
+    real = products._onednn
+
+    def recorded(x, weight, *rest):
+        found.append(weight)
+        return real(x, weight, *rest)
+
+    monkeypatch.setattr(products, "_onednn", recorded)
+    return found
+
+
+def parts(shape: tuple[int, int, int], seed: int) -> list[torch.Tensor]:
+    rows, width, out = shape
+    generator = torch.Generator().manual_seed(seed)
+    sizes = ((rows, width), (out, width), (out,), (rows, out))
+    return [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
+
+
+def outcome(linear, tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    x, weight, bias, flowing = (t.to(dtype) for t in tensors)
+    inputs = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    output = linear(*inputs)
+    output.backward(flowing)
+    return [output.detach(), *(t.grad for t in inputs)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients(shape, dtype, calls):
+    rule = ErrorRule()
+    for seed in SEEDS:
+        # what both sides round to their dtype is no error of the product
+        tensors = [t.to(dtype).double() for t in parts(shape, seed)]
+        ours, torchs = (outcome(f, tensors, dtype) for f in (ops.linear, F.linear))
+        oracle = outcome(F.linear, tensors, torch.float64)
+        for name, *values in zip(
+            ("y", "dx", "dweight", "dbias"), ours, torchs, oracle, strict=True
+        ):
+            rule.compare(name, *values)
+    rule.assert_within()
+    assert calls
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
+@pytest.mark.parametrize("width", [48, 2100])
+def test_gelu_on_the_way_out(dtype, activation, width, calls):
+    rule = ErrorRule()
+    approximate = products.GELU[activation]
+    for seed in SEEDS:
+        x, weight, bias, _ = parts((30, width, 50), seed)
+        weight = weight / width**0.5
+        x, weight, bias = (t.to(dtype) for t in (x, weight, bias))
+        ours = products.linear_gelu(x, weight, bias, activation)
+        assert ours.dtype == dtype
+        torchs = F.gelu(F.linear(x, weight, bias), approximate=approximate)
+        wide = (t.double() for t in (x, weight, bias))
+        rule.compare("gelu", ours, torchs, F.gelu(F.linear(*wide), approximate=approximate))
+    rule.assert_within()
+    assert calls
+
+
+def test_gelu_of_what_wants_a_gradient():
+    x, weight, bias, _ = (t.float() for t in parts((9, 16, 12), 0))
+    weight.requires_grad_()
+    products.linear_gelu(x, weight, bias, "gelu").sum().backward()
+    wanted = torch.autograd.grad(F.gelu(F.linear(x, weight, bias)).sum(), weight)
+    assert (weight.grad - wanted[0]).abs().max() < 64 * torch.finfo(torch.float32).eps * 9
+
+
+def test_no_matrix_with_gaps_reaches_onednn(calls):
+    # slices of a longer chain, and of a wider gradient
+    _, weight, bias, _ = (t.float() for t in parts((4, 2500, 16), 0))
+    ops.linear(torch.randn(4, 2500), weight, bias)
+    gradient = torch.randn(300, 96)[:, 32:]
+    products.weight_gradient(gradient, torch.randn(300, 128))
+    assert len(calls) > 3
+    real = torch.ops.mkldnn._linear_pointwise
+    seen = []
+
+    def dense(x, weight, *rest):
+        seen.append(weight.is_contiguous() or weight.t().is_contiguous())
+        return real(x, weight, *rest)
+
+    before = torch.ops.mkldnn.__dict__.get("_linear_pointwise")
+    try:
+        torch.ops.mkldnn.__dict__["_linear_pointwise"] = dense
+        ops.linear(torch.randn(4, 2500), weight, bias)
+        products.weight_gradient(gradient, torch.randn(300, 128))
+    finally:
+        torch.ops.mkldnn.__dict__["_linear_pointwise"] = before
+    assert len(seen) > 3
+    assert all(seen)
+
+
+def test_a_second_derivative():
+    x, weight, bias, _ = (t.float().requires_grad_() for t in parts((3, 5, 4), 1))
+
+    def penalty(linear):
+        (slope,) = torch.autograd.grad(linear(x, weight, bias).pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), weight)[0]
+
+    ours, torchs = penalty(ops.linear), penalty(F.linear)
+    bound = 64 * torch.finfo(torch.float32).eps * torchs.abs().max()
+    assert (ours - torchs).abs().max() < bound
+
+
+def test_more_than_two_dimensions_and_no_bias():
+    x, weight = torch.randn(2, 3, 16, requires_grad=True), torch.randn(4, 16)
+    output = ops.linear(x, weight)
+    assert output.shape == (2, 3, 4)
+    output.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+
+
+def test_autocast_casts_once_and_gradients_come_back_wide(calls):
+    x, weight, bias = torch.randn(6, 16), nn.Parameter(torch.randn(8, 16)), torch.randn(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = ops.linear(x, weight, bias)
+    assert output.dtype == torch.bfloat16
+    assert [w.dtype for w in calls] == [torch.bfloat16]
+    output.float().sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "x, weight, bias",
+    [
+        (torch.randn(4, 8), torch.randn(3, 9), None),
+        (torch.randn(4, 8), torch.randn(3, 8), torch.randn(5)),
+        (torch.randn(4, 8), torch.randn(3, 8).double(), None),
+    ],
+)
+def test_what_torch_refuses_is_refused_by_torch(x, weight, bias, calls):
+    with pytest.raises(RuntimeError):
+        ops.linear(x, weight, bias)
+    assert not calls
+
+
+def test_who_is_left_to_torch(calls, monkeypatch):
+    x, weight, bias = torch.randn(4, 8), torch.randn(3, 8), torch.randn(3)
+    ops.linear(x.double(), weight.double(), bias.double())
+    ops.linear(x[0], weight, bias)
+    assert ops.linear(x[:0], weight, bias).shape == (0, 3)
+    # without a bias torch itself takes oneDNN in 16 bits
+    ops.linear(x.bfloat16(), weight.bfloat16())
+    with torch.backends.mkldnn.flags(enabled=False):
+        ops.linear(x, weight, bias)
+    torch.jit.trace(lambda rows: ops.linear(rows, weight, bias), x)
+    torch.compile(lambda rows: ops.linear(rows, weight, bias), backend="eager", fullgraph=True)(x)
+    monkeypatch.setattr(products, "has_slow_fp32", lambda: False)
+    ops.linear(x, weight, bias)
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    "text, slow", [("vendor_id\t: AuthenticAMD", True), ("GenuineIntel", False)]
+)
+def test_whose_processor_is_slow_in_fp32(text, slow, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    info = tmp_path / "cpuinfo"
+    info.write_text(text)
+    monkeypatch.setattr(products, "CPU_INFO", info)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert products.has_slow_fp32.__wrapped__() is slow
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert not products.has_slow_fp32.__wrapped__()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.125])
+def test_gradients_by_themselves(scale, calls):
+    rule = ErrorRule()
+    for seed in SEEDS:
+        x, weight, _, flowing = parts((600, 40, 72), seed)
+        for dtype in DTYPES:
+            narrow = [t.to(dtype) for t in (x, weight, flowing)]
+            wide = [t.double() for t in narrow]
+            rule.compare(
+                f"dweight {dtype}",
+                products.weight_gradient(narrow[2], narrow[0], scale),
+                (narrow[2].t() @ narrow[0]) * scale,
+                (wide[2].t() @ wide[0]) * scale,
+            )
+            rule.compare(
+                f"dx {dtype}",
+                products.input_gradient(narrow[2], narrow[1]),
+                narrow[2] @ narrow[1],
+                wide[2] @ wide[1],
+            )
+    rule.assert_within()
+    assert calls
