@@ -15,6 +15,7 @@ PRODUCTS = (
     "aten::addmm",
     "aten::bmm",
     "aten::baddbmm",
+    "mkldnn::_linear_pointwise",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
 )
