@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from fastbert.errors import InputError
-from fastbert.threads import sleep_soon
+from fastbert.threads import ask_for_large_pages, sleep_soon
 
 # name -> module with `main(arguments) -> exit status`, and what it measures
 COMMANDS = {
@@ -59,6 +59,7 @@ def usage() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 measured, 1 a row was refused, 2 the caller's mistake."""
     sleep_soon()
+    ask_for_large_pages()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] in (["-h"], ["--help"]):
         print(usage())

@@ -13,7 +13,7 @@ from fastbert import __version__
 from fastbert.commands import pretrain, tasks
 from fastbert.commands.flags import add_doc_sep, command
 from fastbert.errors import InputError
-from fastbert.threads import sleep_soon
+from fastbert.threads import ask_for_large_pages, sleep_soon
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] and words[0] in BENCH:
         return _bench(words)
     sleep_soon()
+    ask_for_large_pages()
     try:
         given = _parser().parse_args(words, argparse.Namespace(words=words))
         given.handler(given)

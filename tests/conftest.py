@@ -12,10 +12,11 @@ from pathlib import Path
 # read by huggingface_hub at import, so it is set before anything else comes in
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from fastbert.threads import sleep_soon
+from fastbert.threads import ask_for_large_pages, sleep_soon
 
 # also for the processes that tests start
 sleep_soon()
+ask_for_large_pages()
 
 import interpreter
 import numpy as np

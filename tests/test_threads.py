@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from fastbert.threads import SPINS, sleep_soon
+from fastbert.threads import SPINS, ask_for_large_pages, sleep_soon
 
 
 def test_threads_sleep_soon_where_nobody_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,6 +30,15 @@ def test_the_users_own_setting_stays(
     sleep_soon()
     assert os.environ[name] == value
     assert ("GOMP_SPINCOUNT" in os.environ) == (name == "GOMP_SPINCOUNT")
+
+
+def test_large_pages_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    ask_for_large_pages()
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    ask_for_large_pages()
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"
 
 
 @pytest.mark.parametrize("module", ["fastbert.cli", "fastbert.bench.__main__"])
