@@ -7,6 +7,7 @@ docs/performance.md is written from bench/results, so that no figure is typed by
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ RESULTS, PICTURES = Path("bench/results"), Path("docs/pictures")
 PAGES = (Path("README.md"), Path("docs/performance.md"))
 # the machine that README speaks of
 CLASS = "cpu-avx512_bf16"
+WITHOUT_PICTURES = ("parity",)
+SIDES = ("ours", "theirs")
 LINK = re.compile(r"\]\(((?:bench|docs)/[^)]+)\)")
 BLOCK = re.compile(r"<!-- figures: ([a-z-]+) -->\n(.*?)<!-- end of figures -->", re.DOTALL)
 
@@ -47,12 +50,16 @@ def written(text: str, root: Path, page: Path = PAGES[0]) -> str:
             made = LINK.sub(lambda link: f"]({_from(page, link.group(1))})", make(root))
         else:
             made = (
-                f"Not measured yet: `fastbert bench {suite} --json {result_file(suite)}`, then "
+                f"Not measured yet: `{_command(suite)} --json {result_file(suite)}`, then "
                 "`make figures`."
             )
         return f"<!-- figures: {name} -->\n{made}\n<!-- end of figures -->"
 
     return BLOCK.sub(block, text)
+
+
+def _command(suite: str) -> str:
+    return f"fastbert bench {suite}" if suite != "parity" else "fastbert parity MODEL"
 
 
 def result_file(suite: str) -> Path:
@@ -155,6 +162,26 @@ def ablation(root: Path) -> str:
     return "\n\n".join(["\n".join(lines), *shown, _source(found)])
 
 
+def exactness(root: Path) -> str:
+    """A model's hidden states beside transformers'; a file of `fastbert parity`, not of a suite."""
+    found = json.loads((root / result_file("parity")).read_text(encoding="utf-8"))
+    lines = [
+        "| | largest difference | least cosine | largest error, ours | transformers' "
+        "| rms error, ours | transformers' |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        errors = [f"{row[f'{who}_{kind}_error']:.1e}" for kind in ("max", "rms") for who in SIDES]
+        difference, cosine = f"{row['max_difference']:.1e}", f"{row['least_cosine']:.7f}"
+        lines.append(f"| {' | '.join([row['dtype'], difference, cosine, *errors])} |")
+    host, file = found["machine"], result_file("parity").as_posix()
+    return "\n".join(lines) + (
+        f"\n\n`fastbert parity` of {found['model']}: {host['cpu']} with {host['cpu_class']}, "
+        f"torch {host['torch']}, transformers {host['transformers']}, commit {host['commit']}; "
+        f"[{file}]({file})."
+    )
+
+
 # by name, the suite whose run it reads, and who writes it
 BLOCKS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "headline": ("train-step", headline),
@@ -164,6 +191,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "ablation": ("ablation", ablation),
     "breakdown": ("breakdown", breakdown),
     "roofline": ("kernels", roofline),
+    "exactness": ("parity", exactness),
 }
 
 
@@ -251,6 +279,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _measured(root: Path) -> list[str]:
-    """The suites of the blocks whose runs are committed."""
+    """The suites of the blocks whose runs are committed and have charts."""
     suites = dict.fromkeys(suite for suite, _ in BLOCKS.values())
-    return [suite for suite in suites if (root / result_file(suite)).is_file()]
+    drawn = (suite for suite in suites if suite not in WITHOUT_PICTURES)
+    return [suite for suite in drawn if (root / result_file(suite)).is_file()]

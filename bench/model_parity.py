@@ -7,17 +7,21 @@ transformers. Errors are against transformers in fp64.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastbert.bench import peers
+from fastbert.bench import machine, peers
 from fastbert.errors import InputError
+from fastbert.files import atomic_write
 from fastbert.models import BertModel, resolve_model
 from fastbert.packing import Examples
 from fastbert.training.loop import autocast
@@ -142,7 +146,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", help="a model folder of any family, or a run of fastbert")
     parser.add_argument("--dtype", choices=["all", *DTYPES], default="all", help="(%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
     given = parser.parse_args(arguments)
+    if given.json is not None and not given.json.parent.is_dir():
+        raise InputError(f"--json {given.json}: no such folder {given.json.parent}")
     dtypes = tuple(DTYPES) if given.dtype == "all" else (given.dtype,)
     rows = compare_model(given.model, dtypes)
     package = peers.transformers()
@@ -151,4 +158,19 @@ def main(arguments: Sequence[str]) -> int:
     print(table(rows))
     if not all(math.isfinite(row.max_difference) for row in rows):
         raise InputError(f"{given.model}: hidden states are not finite")
+    if given.json is not None:
+        _write(given.json, given.model, rows)
     return 0
+
+
+def _write(path: Path, model: str, rows: Sequence[Agreement]) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = {
+        "bench": "parity",
+        "machine": machine.describe(device),
+        "model": Path(model).resolve().parent.name if Path(model).is_dir() else model,
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+    with atomic_write(path) as file:
+        json.dump(found, file, indent=2)
+        file.write("\n")

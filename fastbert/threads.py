@@ -1,4 +1,4 @@
-"""How torch's worker threads wait and how it asks for memory; to be said before it is imported."""
+"""How torch's threads wait and how torch asks for memory; to be said before it is imported."""
 
 from __future__ import annotations
 

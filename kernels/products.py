@@ -6,7 +6,7 @@ torch multiplies in fp32 with MKL, which keeps its widest instructions for proce
 in 16 bits it writes a bias into the result before the product and reads it back. oneDNN is inside
 torch too, takes the widest instructions of any processor, and adds bias and GELU on the way out.
 It would add up all fp32 terms of a number in one chain, and its errors would be up to twice those
-of MKL: chains are cut here where MKL cuts them. Everywhere else a product is torch's own.
+of MKL: chains are cut here to the length of MKL's. Everywhere else a product is torch's own.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fastbert.kernels.checks import compute_dtype, no_autocast, wants_gradient
 
@@ -28,6 +29,7 @@ MOST_TERMS = 192
 # above so many elements, turning a gradient round costs more than the better order of its product
 MOST_TURNED = 1 << 22
 _PLAIN = (Tensor, nn.Parameter)
+_CAST = (torch.float32, torch.float16, torch.bfloat16)
 GELU = {"gelu": "none", "gelu_new": "tanh"}
 
 
@@ -38,6 +40,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x: [..., in]; the result is [..., out] in its dtype, or the autocast dtype.
         weight: [out, in]; bias: [out].
     """
+    if x.device.type != "cpu":
+        return F.linear(x, weight, bias)
     dtype = compute_dtype(x)
     if not (_takes(x, dtype, bias is not None) and _fit(x, weight, bias)):
         return F.linear(x, weight, bias)
@@ -68,7 +72,7 @@ def weight_gradient(gradient: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
     """scale times [rows, out]' times [rows, in]; without a gradient of its own."""
     if not (_takes(gradient, gradient.dtype, False) and gradient.numel() and x.numel()):
         product = gradient.new_empty(gradient.shape[1], x.shape[1])
-        return torch.addmm(product, gradient.t(), x, beta=0, alpha=scale)
+        return torch.addmm(product, gradient.t(), x, beta=0, alpha=scale, out=product)
     x = x if scale == 1.0 else x * scale
     wide, narrow = gradient.shape[1], x.shape[1]
     # oneDNN copies its first factor: better the smaller one, and the result turned round
@@ -91,24 +95,28 @@ def _apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        # nothing is kept for a gradient that nobody asks for
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+        ctx.shape = x.shape
         return _product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        rows, of_rows = gradient.flatten(0, -2), x.flatten(0, -2)
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        of_rows = None if x is None else x.reshape(-1, x.shape[-1])
         if torch.is_grad_enabled():
             # a second derivative runs through these
-            dx, dweight = rows @ weight, rows.t() @ of_rows
+            dx = None if weight is None else rows @ weight
+            dweight = None if of_rows is None else rows.t() @ of_rows
         else:
-            dx = input_gradient(rows, weight) if needs_x else None
-            dweight = weight_gradient(rows, of_rows) if needs_weight else None
+            dx = None if weight is None else input_gradient(rows, weight)
+            dweight = None if of_rows is None else weight_gradient(rows, of_rows)
         return (
-            dx.view(x.shape) if needs_x else None,
-            dweight if needs_weight else None,
-            rows.sum(dim=0) if needs_bias else None,
+            None if dx is None else dx.view(ctx.shape),
+            dweight,
+            rows.sum(dim=0) if ctx.needs_input_grad[2] else None,
         )
 
 
@@ -130,31 +138,36 @@ def _onednn(
     # a matrix with gaps between its rows would go to code that knows no instructions
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()
+    # nor does it look at the steps between a bias's elements
+    bias = None if bias is None else bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], how)  # type: ignore
 
 
 def _takes(x: Tensor, dtype: torch.dtype, has_bias: bool) -> bool:
     """Whether oneDNN is the faster library for this product, and may be called by itself."""
-    # compilers and tracers know products by torch's own names
+    # compilers, tracers and torch.func know products by torch's own names
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    if x.device.type != "cpu" or x.dim() < 2 or type(x) not in _PLAIN:
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:  # type: ignore
+        return False
+    if x.device.type != "cpu" or x.dim() < 2:
         return False
     # torch.backends.mkldnn.flags(enabled=False) switches it off, here as everywhere
     if not torch._C._get_mkldnn_enabled():  # type: ignore[attr-defined]
         return False
     if dtype == torch.float32:
         return has_slow_fp32()
-    return has_bias and dtype == torch.bfloat16 and _has_bf16()
+    return has_bias and dtype == torch.bfloat16 and has_fast_bf16()
 
 
 def _fit(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether torch would take these; where not, it says why."""
-    others = [weight] if bias is None else [weight, bias]
+    """Whether oneDNN may take these; of the rest torch says what is wrong, or computes it."""
+    tensors = [x, weight] if bias is None else [x, weight, bias]
     cast = torch.is_autocast_enabled(x.device.type)
     return (
-        all(type(t) in _PLAIN and t.device == x.device for t in others)
-        and (cast or all(t.dtype == x.dtype for t in others))
+        all(type(t) in _PLAIN and t.device == x.device for t in tensors)
+        and all(t.layout == torch.strided and not t.is_nested for t in tensors)
+        and all(t.dtype in _CAST if cast else t.dtype == x.dtype for t in tensors)
         and x.numel() > 0
         and weight.numel() > 0
         and weight.dim() == 2
@@ -168,13 +181,15 @@ def has_slow_fp32() -> bool:
     """Whether torch's own library for fp32 leaves out this processor's widest instructions."""
     if not (torch.backends.mkl.is_available() and _has_onednn()):
         return False
-    known = CPU_INFO.read_text(encoding="utf-8") if CPU_INFO.exists() else platform.processor()
-    return "AuthenticAMD" in known
+    known = CPU_INFO.read_text(encoding="utf-8") if CPU_INFO.exists() else ""
+    return "AuthenticAMD" in known and "avx512f" in known
 
 
 @functools.cache
-def _has_bf16() -> bool:
-    return _has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def has_fast_bf16() -> bool:
+    """Whether oneDNN multiplies in bf16 here, on a processor where that was measured."""
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return on_x86 and _has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _has_onednn() -> bool:

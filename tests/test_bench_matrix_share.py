@@ -24,10 +24,9 @@ def test_a_step_of_products_and_one_without():
     a = torch.randn(256, 256)
     q = torch.randn(1, 4, 128, 64)
     assert matrix_share.matrix_share(lambda: a @ a) > 0.5
-    x, onednn = a[:64].bfloat16(), torch.ops.mkldnn._linear_pointwise
     if torch.backends.mkldnn.is_available():
-        product = lambda: onednn(x, x, None, "none", [], "")  # noqa: E731
-        assert matrix_share.matrix_share(product) > 0.5
+        onednn = functools.partial(torch.ops.mkldnn._linear_pointwise, a, a, None, "none", [], "")
+        assert matrix_share.matrix_share(onednn) > 0.5
     # under whatever name torch's attention goes, it is found
     assert matrix_share.matrix_share(lambda: F.scaled_dot_product_attention(q, q, q)) > 0.5
     assert matrix_share.matrix_share(lambda: a + a) == 0.0

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from oracle import ErrorRule
 
+from fastbert.bench import figures
 from fastbert.bench.model_parity import DTYPES
 from fastbert.model import mean_of_tokens
 from fastbert.models import BertModel
@@ -104,11 +106,21 @@ def test_sentence_embeddings_are_those_of_sentence_transformers(folder, data) ->
     assert len(cosine) == SENTENCES and float(cosine.min()) >= 0.99999
 
 
-def test_parity_command(folder, capsys) -> None:
+def test_parity_command(folder, capsys, tmp_path) -> None:
     from fastbert.cli import main
 
-    assert main(["parity", str(folder)]) == 0
+    file = tmp_path / "bench" / "results" / "parity-cpu-avx512_bf16.json"
+    assert main(["parity", str(folder), "--json", str(file)]) == 2
+    assert f"no such folder {file.parent}" in capsys.readouterr().err
+    file.parent.mkdir(parents=True)
+    assert main(["parity", str(folder), "--json", str(file)]) == 0
     lines = capsys.readouterr().out.splitlines()
+    page = figures.written("<!-- figures: exactness -->\n<!-- end of figures -->", tmp_path)
+    written = {row["dtype"]: row for row in json.loads(file.read_text())["rows"]}
+    assert set(written) == set(DTYPES)
+    for row in written.values():
+        assert f"{row['max_difference']:.1e} | {row['least_cosine']:.7f}" in page
+        assert f"{row['ours_rms_error']:.1e} | {row['theirs_rms_error']:.1e}" in page
     rows = {line.split()[0]: line.split()[1:] for line in lines if line.strip()[:4] in DTYPES}
     assert set(rows) == set(DTYPES)
     difference, cosine, ours, theirs, *_ = map(float, rows["fp32"])
