@@ -62,15 +62,17 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str)
 
 
 def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
-    """[rows, out] times [out, in]; without a gradient of its own."""
-    if _takes(gradient, gradient.dtype, False) and gradient.numel():
-        return _product(gradient, weight.t(), None)
-    return gradient @ weight
+    """[rows, out] times [out, in], differentiable by torch's own product."""
+    if wants_gradient(gradient, weight) or not _takes_gradient(gradient):
+        return gradient @ weight
+    return _product(gradient, weight.t(), None)
 
 
 def weight_gradient(gradient: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
-    """scale times [rows, out]' times [rows, in]; without a gradient of its own."""
-    if not (_takes(gradient, gradient.dtype, False) and gradient.numel() and x.numel()):
+    """scale times [rows, out]' times [rows, in], differentiable by torch's own product."""
+    if wants_gradient(gradient, x):
+        return gradient.t() @ x * scale
+    if not _takes_gradient(gradient):
         product = gradient.new_empty(gradient.shape[1], x.shape[1])
         return torch.addmm(product, gradient.t(), x, beta=0, alpha=scale, out=product)
     x = x if scale == 1.0 else x * scale
@@ -106,16 +108,10 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1])
         of_rows = None if x is None else x.reshape(-1, x.shape[-1])
-        if torch.is_grad_enabled():
-            # a second derivative runs through these
-            dx = None if weight is None else rows @ weight
-            dweight = None if of_rows is None else rows.t() @ of_rows
-        else:
-            dx = None if weight is None else input_gradient(rows, weight)
-            dweight = None if of_rows is None else weight_gradient(rows, of_rows)
+        dx = None if weight is None else input_gradient(rows, weight).view(ctx.shape)
         return (
-            None if dx is None else dx.view(ctx.shape),
-            dweight,
+            dx,
+            None if of_rows is None else weight_gradient(rows, of_rows),
             rows.sum(dim=0) if ctx.needs_input_grad[2] else None,
         )
 
@@ -158,6 +154,10 @@ def _takes(x: Tensor, dtype: torch.dtype, has_bias: bool) -> bool:
     if dtype == torch.float32:
         return has_slow_fp32()
     return has_bias and dtype == torch.bfloat16 and has_fast_bf16()
+
+
+def _takes_gradient(gradient: Tensor) -> bool:
+    return _takes(gradient, gradient.dtype, False) and gradient.numel() > 0
 
 
 def _fit(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

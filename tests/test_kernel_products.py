@@ -137,6 +137,13 @@ def test_a_second_derivative():
     assert (ours - torchs).abs().max() < bound
 
 
+def test_gradients_by_themselves_are_differentiable():
+    x, weight, _, gradient = (t.float().requires_grad_() for t in parts((7, 5, 4), 2))
+    products.input_gradient(gradient, weight).sum().backward()
+    products.weight_gradient(gradient, x, 0.5).sum().backward()
+    assert all(t.grad is not None and t.grad.abs().max() > 0 for t in (x, weight, gradient))
+
+
 @pytest.mark.parametrize("flowing", [torch.randn(2, 3, 4).double(), torch.ones(4).double()])
 def test_more_than_two_dimensions_and_no_bias(flowing, calls):
     rule = ErrorRule()
