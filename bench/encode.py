@@ -153,7 +153,8 @@ def _case(
         add("sentence-transformers, accelerated", dtype, fast, judged=True)
     if device.type == "cpu":
         add(OURS, "int8", functools.partial(encoders.ours, folder, "int8", device))
-        for kind in ("plain", "optimised", "int8"):
+        # the optimiser and the quantiser take half a minute
+        for kind in ("plain",) if options.quick else ("plain", "optimised", "int8"):
             dtype = "int8" if kind == "int8" else "fp32"
             name = "onnxruntime" if kind != "optimised" else "onnxruntime, optimised"
             load = functools.partial(
@@ -166,7 +167,9 @@ def _case(
     work = Work(int(lengths.sum()), padded, operations)
     conditions = {"model": MODEL_PACKAGE, "texts": len(texts), "longest": encoders.LONGEST}
     name = f"all-MiniLM-L6-v2, {len(texts)} paragraphs of Wikipedia"
-    return Case("encode", name, work, found, conditions, NOTES, shares_products=True)
+    # profiling takes as long as everything else of a quick look
+    shares = not options.quick
+    return Case("encode", name, work, found, conditions, NOTES, shares_products=shares)
 
 
 def _lengths(folder: str, texts: Sequence[str]) -> tuple[np.ndarray, int]:

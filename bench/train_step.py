@@ -52,7 +52,9 @@ def cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
     )
     with tempfile.TemporaryDirectory() as folder:
         BertForMaskedLM.from_config(workload.config(), seed=workload.seed).save_pretrained(folder)
-        yield batch_case(workload, folder, device, compiled=options.compile)
+        case = batch_case(workload, folder, device, compiled=options.compile)
+        # profiling takes as long as everything else of a quick look
+        yield dataclasses.replace(case, shares_products=not options.quick)
         if not options.quick:
             yield pool_case(workload, folder, device)
 
