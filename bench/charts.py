@@ -14,6 +14,8 @@ from typing import Any
 from fastbert.bench.results import label
 from fastbert.errors import InputError
 
+# between two lines of names, in 1/72 inch
+LINE_POINTS = 11.0
 INK, MUTED, GRID, OURS_COLOUR = "#1b1f24", "#6b7280", "#e5e7eb", "#d9480f"
 PEER_COLOURS = ("#9ca3af", "#64748b", "#94a3b8", "#57606a", "#a8a29e", "#78716c")
 LINE_COLOURS = ("#2563eb", "#0d9488", "#7c3aed", "#64748b", "#ca8a04")
@@ -204,20 +206,9 @@ def roofline(found: dict[str, Any], title: str) -> Any:
         axis.text(1.9 * ridge, 1.06e3 * peak, f"{dtype}: {1e3 * peak:,.0f} GFLOP/s", fontsize=9,
                   color=colour)  # fmt: skip
     markers = {"fp32": "s", "bf16": "o"}
-    for name, dtype, intensity, rate in points:
+    for _, dtype, intensity, rate in points:
         axis.scatter([intensity], [1e3 * rate], color=OURS_COLOUR, marker=markers[dtype], s=34,
                      zorder=3)  # fmt: skip
-        # towards the middle, where there is room
-        side = -1 if intensity > (low * high) ** 0.5 else 1
-        axis.annotate(
-            f"{name} {dtype}",
-            (intensity, 1e3 * rate),
-            xytext=(7 * side, -8),
-            textcoords="offset points",
-            ha="left" if side > 0 else "right",
-            fontsize=8.5,
-            color=INK,
-        )
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlim(low, high)
@@ -231,7 +222,27 @@ def roofline(found: dict[str, Any], title: str) -> Any:
     axis.set_axisbelow(True)
     axis.set_title(title, pad=10)
     figure.tight_layout()
+    _name_points(axis, points, (low * high) ** 0.5)
     return figure
+
+
+def _name_points(axis: Any, points: Sequence[tuple[str, str, float, float]], middle: float) -> None:
+    """Names beside the points, towards the middle, where there is room; none upon another."""
+    lowest = {1: float("inf"), -1: float("inf")}
+    for name, dtype, intensity, rate in sorted(points, key=lambda point: -point[3]):
+        side = -1 if intensity > middle else 1
+        # in points of 1/72 inch, which text is measured in
+        height = axis.transData.transform((intensity, 1e3 * rate))[1] * 72 / axis.figure.dpi
+        lowest[side] = min(height - 3.0, lowest[side] - LINE_POINTS)
+        axis.annotate(
+            f"{name} {dtype}",
+            (intensity, 1e3 * rate),
+            xytext=(7 * side, lowest[side] - height),
+            textcoords="offset points",
+            ha="left" if side > 0 else "right",
+            fontsize=8.5,
+            color=INK,
+        )
 
 
 def breakdown(parts: dict[str, dict[str, float]], title: str) -> Any:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from fastbert.kernels import launch
 from fastbert.kernels.checks import compute_dtype, no_autocast, wants_gradient
 
 CPU_INFO = Path("/proc/cpuinfo")
@@ -141,6 +142,9 @@ def _onednn(
 
 def _takes(x: Tensor, dtype: torch.dtype, has_bias: bool) -> bool:
     """Whether oneDNN is the faster library for this product, and may be called by itself."""
+    # interpreted kernels stand for those on a GPU, where products are torch's own
+    if launch.INTERPRETED:
+        return False
     # compilers, tracers and torch.func know products by torch's own names
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
