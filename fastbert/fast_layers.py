@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastbert.config import EncoderConfig
 from fastbert.kernels import ops
 from fastbert.kernels.ops import Rng
-from fastbert.linear import feed_forward, gated_feed_forward, is_hooked, is_plain, product
+from fastbert.linear import feed_forward, gated_feed_forward, is_hooked, is_plain, product, project
 from fastbert.packed_call import Packed
 from fastbert.pre_norm import PreNormSettings
 from fastbert.stock_layers import Rates
@@ -90,7 +90,7 @@ def pre_norm_layer(
     part = {name: layer.get_submodule(path) for name, path in config.family.layer.items()}
     kind, rates = settings.layer_types[number - 1], Rates.of(layer, config.model_type)
     normed = part["attention_norm"](hidden_states)
-    projected = layer.get_submodule(config.family.qkv[0])(normed)
+    projected = project(layer.get_submodule(config.family.qkv[0]), normed)
     qkv = projected.view(-1, 3, config.num_attention_heads, config.head_dim)
     context = ops.fused_qkv_attention(
         ops.rotary(qkv, *packed.tables[kind], packed.positions()),
@@ -101,7 +101,7 @@ def pre_norm_layer(
         window=(settings.window,) * 2 if kind == "sliding_attention" else None,
     )
     attended = ops.dropout(
-        part["attention_output"](context.flatten(1)),
+        project(part["attention_output"], context.flatten(1)),
         rates.attention_output,
         _drawn(packed, rates.attention_output, number, _ATTENTION_OUTPUT),
     )

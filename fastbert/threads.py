@@ -23,7 +23,7 @@ def ask_for_large_pages() -> None:
     """Let torch ask Linux for pages of 2 MiB, unless the environment says otherwise.
 
     Large tensors come from fresh memory every time, which the system clears page by page when it is
-    first touched. In a training step the gradient of the word embedding alone is 31 MB, and pages
-    of 4 KiB took a quarter of the step in bf16.
+    first touched; in a training step the word embedding's gradient alone is thousands of pages of
+    4 KiB.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

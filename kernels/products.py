@@ -5,8 +5,8 @@
 torch multiplies in fp32 with MKL, which keeps its widest instructions for processors of its maker;
 in 16 bits it writes a bias into the result before the product and reads it back. oneDNN is inside
 torch too, takes the widest instructions of any processor, and adds bias and GELU on the way out.
-It would add up all fp32 terms of a number in one chain, and its errors would be up to twice those
-of MKL: chains are cut here to the length of MKL's. Everywhere else a product is torch's own.
+It would add up all fp32 terms of a number in one chain, with larger errors than MKL's: chains are
+cut here to the length of MKL's. Everywhere else a product is torch's own.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Args:
         x: [..., in]; the result is [..., out] in its dtype, or the autocast dtype.
         weight: [out, in]; bias: [out].
+
+    Raises:
+        RuntimeError: torch's own, for shapes and dtypes that do not fit.
     """
     if x.device.type != "cpu":
         return F.linear(x, weight, bias)
@@ -157,7 +160,7 @@ def _takes(x: Tensor, dtype: torch.dtype, has_bias: bool) -> bool:
         return False
     if dtype == torch.float32:
         return has_slow_fp32()
-    return has_bias and dtype == torch.bfloat16 and has_fast_bf16()
+    return has_bias and dtype == torch.bfloat16 and has_bf16_products()
 
 
 def _takes_gradient(gradient: Tensor) -> bool:
@@ -190,7 +193,7 @@ def has_slow_fp32() -> bool:
 
 
 @functools.cache
-def has_fast_bf16() -> bool:
+def has_bf16_products() -> bool:
     """Whether oneDNN multiplies in bf16 here, on a processor where that was measured."""
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
     return on_x86 and _has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

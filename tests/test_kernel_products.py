@@ -12,7 +12,7 @@ from fastbert.kernels import ops, products
 
 DTYPES = (torch.float32, torch.bfloat16)
 needs_bf16 = pytest.mark.skipif(
-    not products.has_fast_bf16(), reason="this processor or this torch has no bf16 in oneDNN"
+    not products.has_bf16_products(), reason="this processor or this torch has no bf16 in oneDNN"
 )
 OF_ONEDNN = [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)]
 # rows, in, out: one chain and several, more rows than one chain takes, one row, wide and narrow
@@ -92,49 +92,56 @@ def test_gelu_on_the_way_out(dtype, activation, width, calls):
     assert calls
 
 
-def test_gelu_of_what_wants_a_gradient():
-    x, weight, bias, _ = (t.float() for t in parts((9, 16, 12), 0))
-    weight.requires_grad_()
-    products.linear_gelu(x, weight, bias, "gelu").sum().backward()
-    wanted = torch.autograd.grad(F.gelu(F.linear(x, weight, bias)).sum(), weight)
-    assert (weight.grad - wanted[0]).abs().max() < 64 * torch.finfo(torch.float32).eps * 9
+def test_gelu_of_what_wants_a_gradient(calls):
+    rule = ErrorRule()
+
+    def gradients(gelu, tensors):
+        inputs = [t.clone().requires_grad_() for t in tensors]
+        return torch.autograd.grad(gelu(*inputs).sum(), inputs)
+
+    def torchs(*inputs):
+        return F.gelu(F.linear(*inputs))
+
+    for seed in SEEDS:
+        wide = [t.float().double() for t in parts((9, 16, 12), seed)[:3]]
+        narrow = [t.float() for t in wide]
+        ours = gradients(lambda *t: products.linear_gelu(*t, "gelu"), narrow)
+        sides = (ours, gradients(torchs, narrow), gradients(torchs, wide))
+        for name, *values in zip(("dx", "dweight", "dbias"), *sides, strict=True):
+            rule.compare(name, *values)
+    rule.assert_within()
+    assert calls
 
 
-def test_no_matrix_with_gaps_reaches_onednn(calls):
-    # slices of a longer chain, and of a wider gradient
-    _, weight, bias, _ = (t.float() for t in parts((4, 2500, 16), 0))
-    ops.linear(torch.randn(4, 2500), weight, bias)
-    gradient = torch.randn(300, 96)[:, 32:]
-    products.weight_gradient(gradient, torch.randn(300, 128))
-    assert len(calls) > 3
-    real = torch.ops.mkldnn._linear_pointwise
+def test_no_matrix_with_gaps_reaches_onednn(monkeypatch):
     seen = []
 
-    def dense(x, weight, *rest):
+    def pointwise(x, weight, bias, *rest):
         seen.append(weight.is_contiguous() or weight.t().is_contiguous())
-        return real(x, weight, *rest)
+        return F.linear(x, weight, bias)
 
-    before = torch.ops.mkldnn.__dict__.get("_linear_pointwise")
-    try:
-        torch.ops.mkldnn.__dict__["_linear_pointwise"] = dense
-        ops.linear(torch.randn(4, 2500), weight, bias)
-        products.weight_gradient(gradient, torch.randn(300, 128))
-    finally:
-        torch.ops.mkldnn.__dict__["_linear_pointwise"] = before
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", pointwise)
+    # slices of a longer chain, and of a wider gradient
+    ops.linear(torch.randn(4, 2500), torch.randn(16, 2500))
+    products.weight_gradient(torch.randn(300, 96)[:, 32:], torch.randn(300, 128))
     assert len(seen) > 3
     assert all(seen)
 
 
 def test_a_second_derivative():
-    x, weight, bias, _ = (t.float().requires_grad_() for t in parts((3, 5, 4), 1))
+    rule = ErrorRule()
 
-    def penalty(linear):
+    def penalty(linear, tensors):
+        x, weight, bias = (t.clone().requires_grad_() for t in tensors)
         (slope,) = torch.autograd.grad(linear(x, weight, bias).pow(3).sum(), x, create_graph=True)
         return torch.autograd.grad(slope.square().sum(), weight)[0]
 
-    ours, torchs = penalty(ops.linear), penalty(F.linear)
-    bound = 64 * torch.finfo(torch.float32).eps * torchs.abs().max()
-    assert (ours - torchs).abs().max() < bound
+    for seed in SEEDS:
+        wide = [t.float().double() for t in parts((3, 5, 4), seed)[:3]]
+        narrow = [t.float() for t in wide]
+        sides = (penalty(ops.linear, narrow), penalty(F.linear, narrow), penalty(F.linear, wide))
+        rule.compare("dweight of a slope", *sides)
+    rule.assert_within()
 
 
 def test_gradients_by_themselves_are_differentiable():
