@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from oracle import SEEDS, ErrorRule
 from torch import nn
+from torch.autograd import forward_ad
 
 from fastbert.kernels import ops, products
 
@@ -207,6 +208,9 @@ def test_derivatives_that_torch_transforms_take():
     for linear in (ops.linear, lambda *t: products.linear_gelu(*t, "gelu")):
         _, found = torch.func.jvp(lambda w: linear(x, w, bias), (weight,), (tangent,))  # noqa: B023
         assert found.abs().max() > 0
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(weight, tangent)
+        assert forward_ad.unpack_dual(ops.linear(x, dual, bias)).tangent is not None
     assert torch.equal(
         torch.func.grad(lambda w: ops.linear(x, w, bias).sum())(weight),
         torch.func.grad(lambda w: F.linear(x, w, bias).sum())(weight),
