@@ -42,10 +42,12 @@ def project_qkv(module: nn.Module, x: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def product(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The product, and the bias that is still to be added: layer_norm does it on the way."""
-    if is_plain(module):
-        return ops.linear(x, module.weight), module.bias  # type: ignore[arg-type,return-value]
-    return module(x), None
+    """The product, and the bias that is still to be added: layer_norm's kernel does it on the way,
+    and without kernels the product does."""
+    if not is_plain(module):
+        return module(x), None
+    of_product, of_norm = _bias(module, x)
+    return ops.linear(x, module.weight, of_product), of_norm  # type: ignore[arg-type]
 
 
 def feed_forward(
@@ -54,7 +56,8 @@ def feed_forward(
     """outer(GELU(inner(x))), and the bias that is still to be added."""
     if is_plain(inner) and is_plain(outer) and inner.bias is not None:
         w1, b1, w2 = inner.weight, inner.bias, outer.weight
-        return ops.feed_forward(x, w1, b1, w2, activation=activation), outer.bias  # type: ignore
+        of_product, of_norm = _bias(outer, x)
+        return ops.feed_forward(x, w1, b1, w2, of_product, activation=activation), of_norm  # type: ignore
     return product(outer, _gelu(inner(x), activation))
 
 
@@ -63,11 +66,18 @@ def gated_feed_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """outer(GELU(a) * g) with [a | g] = inner(x), and the bias that is still to be added."""
     if is_plain(inner) and is_plain(outer):
-        w1, w2 = inner.weight, outer.weight
-        gated = ops.gated_feed_forward(x, w1, w2, b1=inner.bias, activation=activation)  # type: ignore
-        return gated, outer.bias  # type: ignore[return-value]
+        w1, b1, w2 = inner.weight, inner.bias, outer.weight
+        of_product, of_norm = _bias(outer, x)
+        gated = ops.gated_feed_forward(x, w1, w2, b1=b1, b2=of_product, activation=activation)  # type: ignore
+        return gated, of_norm
     activated, gate = inner(x).chunk(2, dim=-1)
     return product(outer, _gelu(activated, activation) * gate)
+
+
+def _bias(module: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """A projection's bias as its product adds it, or as layer_norm does."""
+    bias: Tensor | None = module.bias  # type: ignore[assignment]
+    return (None, bias) if ops.uses_triton(x) else (bias, None)
 
 
 def _gelu(x: Tensor, activation: str) -> Tensor:

@@ -32,7 +32,7 @@ from fastbert.kernels.checks import (
     no_autocast,
 )
 from fastbert.kernels.embedding_ops import embedding
-from fastbert.kernels.launch import describe, use_backend
+from fastbert.kernels.launch import describe, use_backend, uses_triton
 from fastbert.kernels.layout import Layout
 from fastbert.kernels.masked_lm_ops import CrossEntropy, linear_cross_entropy, masked_lm_loss
 from fastbert.kernels.philox import Rng, uniforms
@@ -64,6 +64,7 @@ __all__ = [
     "sent",
     "uniforms",
     "use_backend",
+    "uses_triton",
     "with_attention_words",
 ]
 

@@ -133,11 +133,22 @@ def keep_mask(shape: tuple[int, ...], dropout_p: float, rng: Rng, like: Tensor) 
     16-bit dtypes know few scales: in them the share that is kept is one over the rounded scale, so
     that the mean stays right.
     """
-    # a draw on the host and its copy would hold a GPU up
-    if rng.exact or (like.is_cuda and like.dim() == 2):
+    if not drawn_by_torch(rng, like):
         mask = exact_mask(shape, dropout_p, rng, like.device)
         return mask.to(like.dtype)
     return next(keep_masks([shape], dropout_p, rng, like))
+
+
+def drawn_by_torch(rng: Rng, like: Tensor) -> bool:
+    """Whether a torch generator draws a mask: not where it must be the kernels', nor for rows on a
+    GPU, which a draw on the host and its copy would hold up."""
+    return not (rng.exact or (like.is_cuda and like.dim() == 2))
+
+
+def kept(shape: tuple[int, ...], dropout_p: float, rng: Rng, like: Tensor) -> Tensor:
+    """1 where an element is kept, else 0: `shape`, dtype of `like`, by a torch generator."""
+    mask = torch.empty(shape, dtype=like.dtype)
+    return mask.bernoulli_(1.0 - dropout_p, generator=rng.generator()).to(like.device)
 
 
 def keep_masks(

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert.kernels.philox import Rng, keep_mask
+from fastbert.kernels.philox import Rng, drawn_by_torch, keep_mask, kept
 from fastbert.kernels.products import GELU, linear, linear_gelu
+
+NARROW = (torch.bfloat16, torch.float16)
 
 
 def dropout(x: Tensor, dropout_p: float, rng: Rng | None) -> Tensor:
@@ -19,6 +21,8 @@ def dropout(x: Tensor, dropout_p: float, rng: Rng | None) -> Tensor:
         return x
     assert rng is not None
     # the scale is none that 16 bits hold: it is applied before the result is rounded
+    if x.dtype in NARROW and drawn_by_torch(rng, x):
+        return (x * kept(tuple(x.shape), dropout_p, rng, x)).mul_(1.0 / (1.0 - dropout_p))
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * keep_mask(tuple(x.shape), dropout_p, rng, wide)).to(x.dtype)
 
@@ -90,6 +94,10 @@ def layer_norm_with_sum(
 def _norm_total(
     x: Tensor, x_bias: Tensor | None, residual: Tensor | None, dropout_p: float, rng: Rng | None
 ) -> Tensor:
+    if x.dtype in NARROW and x_bias is None and x.device.type == "cpu":
+        # torch's norm takes 16 bits and computes in 32: wider sums would be mere traffic on CPUs
+        total = dropout(x, dropout_p, rng)
+        return total if residual is None else total + residual
     wide = torch.promote_types(x.dtype, torch.float32)
     total = x.to(wide) if x_bias is None else x + x_bias.to(wide)
     total = dropout(total, dropout_p, rng)
@@ -100,7 +108,7 @@ def _norm_total(
 
 
 def _normalised(total: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    wide = total.dtype
+    wide = torch.promote_types(total.dtype, torch.float32)
     return F.layer_norm(total, weight.shape, weight.to(wide), bias.to(wide), eps)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastbert.kernels.groups import Group
 from fastbert.kernels.layout import Layout
 from fastbert.kernels.philox import Rng, keep_masks, score_mask, score_words
+from fastbert.kernels.products import has_bf16_products
 
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -205,14 +206,25 @@ def _words_of(words: Tensor, group: Group) -> Tensor:
 
 
 def _scores(q: Tensor, k: Tensor, group: Group, plan: Plan) -> Tensor:
+    bias = group.bias(q.dtype) if plan.window is None else _window(group, plan.window, q.dtype)
+    if plan.alibi_slopes is None and bias is not None and _adds_up(q):
+        # the product scales its terms and adds them to the bias on the way out
+        scores = bias.expand(*q.shape[:-1], group.length).contiguous()
+        keys = k.flatten(0, 1).transpose(1, 2)
+        scores.flatten(0, 1).baddbmm_(q.flatten(0, 1), keys, alpha=plan.softmax_scale)
+        return scores
     scores = (q * plan.softmax_scale) @ k.transpose(-1, -2)
     if plan.alibi_slopes is not None:
         place = torch.arange(group.length, device=q.device)
         distance = (place[:, None] - place).abs().to(q.dtype)
         scores = scores - plan.alibi_slopes.to(q)[:, None, None] * distance
     # an addition that broadcasts is several times faster on CPUs than masked_fill
-    bias = group.bias(q.dtype) if plan.window is None else _window(group, plan.window, q.dtype)
     return scores if bias is None else scores.add_(bias)
+
+
+def _adds_up(q: Tensor) -> bool:
+    """Whether a product adds to what is there at no cost, and makes no NaN of minus infinity."""
+    return q.dtype == torch.bfloat16 and q.device.type == "cpu" and has_bf16_products()
 
 
 def _window(group: Group, window: tuple[int, int], dtype: torch.dtype) -> Tensor:

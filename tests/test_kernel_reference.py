@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import check_operator
+from oracle import Pool, check_operator
 from torch import Tensor
 
 from fastbert.kernels import ops, reference
@@ -56,7 +56,8 @@ def test_layer_norm(rows, hidden_size, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-def test_layer_norm_of_a_sum(dropout_p, dtype):
+@pytest.mark.parametrize("biased", [True, False])
+def test_layer_norm_of_a_sum(biased, dropout_p, dtype):
     rng = Rng(4)
 
     def inputs(generator):
@@ -64,23 +65,49 @@ def test_layer_norm_of_a_sum(dropout_p, dtype):
             "x": normal(generator, 31, 2 * 50)[:, ::2],
             "weight": 1.0 + normal(generator, 50, scale=0.3),
             "bias": normal(generator, 50),
-            "x_bias": normal(generator, 50),
             "residual": normal(generator, 31, 50),
-        }
+        } | ({"x_bias": normal(generator, 50)} if biased else {})
 
-    def ours(x, weight, bias, x_bias, residual):
+    def ours(x, weight, bias, residual, x_bias=None):
         return ops.layer_norm(
             x, weight, bias, x_bias=x_bias, residual=residual, dropout_p=dropout_p, rng=rng
         )
 
-    def theirs(x, weight, bias, x_bias, residual):
-        total = x + x_bias
+    def theirs(x, weight, bias, residual, x_bias=None):
+        total = x if x_bias is None else x + x_bias
         if dropout_p:
             wide = total.to(torch.promote_types(total.dtype, torch.float32))
             total = (wide * reference.keep_mask((31, 50), dropout_p, rng, wide)).to(total.dtype)
         return plain_norm(total + residual, weight, bias, 1e-12)
 
     check_operator(ours, theirs, inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_norm_in_16_bits_with_fp32_parameters_has_a_second_derivative(dtype):
+    """As under autocast; of sum(c y^3), once to x and once more to the residual."""
+    generator = torch.Generator().manual_seed(0)
+    x, residual, factor = (normal(generator, 9, 64).to(dtype) for _ in range(3))
+    weight, bias = 1.0 + normal(generator, 64, scale=0.3).float(), normal(generator, 64).float()
+
+    def derivatives(norm, wide):
+        a, b = (t.to(wide).requires_grad_() for t in (x, residual))
+        y = norm(a, b)
+        value = (y**3 * factor.to(wide)).sum()
+        (first,) = torch.autograd.grad(value, a, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), b)
+        return {"y": y.detach(), "first": first.detach(), "second": second}
+
+    def plain(wide):
+        parameters = [t.to(wide) for t in (weight, bias)]
+        return derivatives(lambda a, b: plain_norm(a + b, *parameters, 1e-12), wide)
+
+    ours = derivatives(lambda a, b: ops.layer_norm(a, weight, bias, residual=b), dtype)
+    theirs, oracle = plain(dtype), plain(torch.float64)
+    for name in oracle:
+        pool = Pool(eps=torch.finfo(dtype).eps)
+        pool.add(ours[name].double(), theirs[name].double(), oracle[name])
+        assert pool.failures() == [], name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
