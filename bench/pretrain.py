@@ -72,7 +72,7 @@ def cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
     if path is None:
         raise InputError(f"--text: name a text file; {WIKIPEDIA} is not among the data sets")
     tokenizer = Tokenizer.from_pretrained(default_model())
-    steps = 3 if options.quick else options.repeats
+    steps = options.repeats
     ids = sequences(str(path), tokenizer, HELD_OUT + min(steps, 60) * options.sequences)
     held_out = masked(ids[:HELD_OUT], tokenizer, 0)
     starts = range(HELD_OUT, len(ids) - options.sequences + 1, options.sequences)

@@ -66,7 +66,9 @@ class Suite:
     ) -> dict[str, Any]:
         """All cases, as they go into the result file."""
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        repeats = QUICK_REPEATS if options.quick else options.repeats
+        repeats = options.repeats = options.repeats or (
+            QUICK_REPEATS if options.quick else self.repeats
+        )
         warm_up = 1 if options.quick else self.warm_up
         dtypes = ["fp32"] if missing([BF16], device) else ["fp32", "bf16"]
         say("the machine's ceilings")
@@ -94,8 +96,7 @@ class Suite:
         parser.add_argument(
             "--repeats",
             type=positive,
-            default=self.repeats,
-            help="rounds that count (%(default)s)",
+            help=f"rounds that count ({self.repeats}; {QUICK_REPEATS} with --quick)",
         )
         parser.add_argument("--threads", type=positive, default=2, help="of torch (%(default)s)")
         parser.add_argument(

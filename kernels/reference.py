@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastbert.kernels.checks import wants_gradient
 from fastbert.kernels.philox import Rng, drawn_by_torch, keep_mask, kept
 from fastbert.kernels.products import GELU, linear, linear_gelu
 
@@ -94,10 +95,8 @@ def layer_norm_with_sum(
 def _norm_total(
     x: Tensor, x_bias: Tensor | None, residual: Tensor | None, dropout_p: float, rng: Rng | None
 ) -> Tensor:
-    if x.dtype in NARROW and x_bias is None and x.device.type == "cpu":
-        # torch's norm takes 16 bits and computes in 32: wider sums would be mere traffic on CPUs
-        total = dropout(x, dropout_p, rng)
-        return total if residual is None else total + residual
+    if _sums_in_16_bits(x, x_bias, residual) and dropout_p == 0.0:
+        return x if residual is None else x + residual
     wide = torch.promote_types(x.dtype, torch.float32)
     total = x.to(wide) if x_bias is None else x + x_bias.to(wide)
     total = dropout(total, dropout_p, rng)
@@ -105,6 +104,13 @@ def _norm_total(
         return total
     # in place where it is nobody else's: on CPUs fresh memory costs more than the sum
     return total + residual if total is x else total.add_(residual)
+
+
+def _sums_in_16_bits(x: Tensor, x_bias: Tensor | None, residual: Tensor | None) -> bool:
+    """Whether a sum is rounded before its norm, as torch's modules do: inference on CPUs, where
+    wide copies cost more than the norm. Over training steps gradients would show it."""
+    narrow = x.dtype in NARROW and x.device.type == "cpu" and x_bias is None
+    return narrow and not wants_gradient(x, residual)
 
 
 def _normalised(total: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

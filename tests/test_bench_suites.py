@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from fastbert.bench import ablation, breakdown, ceilings, layer, packing, results, step_sides, sweep
+from fastbert.bench import (
+    ablation,
+    breakdown,
+    ceilings,
+    layer,
+    packing,
+    results,
+    step_sides,
+    suite,
+    sweep,
+)
 from fastbert.bench.__main__ import main
 from fastbert.bench.distributions import lengths_of
 from fastbert.bench.workload import Workload, packed
@@ -28,9 +38,9 @@ def small(monkeypatch):
     monkeypatch.setattr(step_sides, "PARITY_BATCHES", 2)
 
 
-def measured(tmp_path, suite, *words):
+def measured(tmp_path, name, *words):
     file = tmp_path / "result.json"
-    assert main([suite, "--quick", "--threads", "1", "--json", str(file), *words]) == 0
+    assert main([name, "--quick", "--threads", "1", "--json", str(file), *words]) == 0
     return results.read(file)
 
 
@@ -40,10 +50,19 @@ def statuses(case):
 
 def test_ablation(monkeypatch, tmp_path):
     monkeypatch.setattr(ablation, "Workload", lambda: TINY)
-    (case,) = measured(tmp_path, "ablation")["cases"]
+    result = measured(tmp_path, "ablation")
+    assert result["repeats"] == suite.QUICK_REPEATS
+    (case,) = result["cases"]
     found = statuses(case)
     assert found.pop("without CUDA graph") == "skipped"
     assert len(found) == 6 and set(found.values()) == {"measured"}, case["rows"]
+
+
+def test_a_quick_look_takes_the_rounds_that_were_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(ablation, "Workload", lambda: TINY)
+    result = measured(tmp_path, "ablation", "--repeats", "2")
+    assert result["repeats"] == 2
+    assert {len(row["samples_ms"]) for row in result["cases"][0]["rows"] if row.get("ms")} == {2}
 
 
 def test_without_packing_every_token_is_computed():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import Pool, check_operator
+from oracle import SEEDS, Pool, check_operator
 from torch import Tensor
 
 from fastbert.kernels import ops, reference
@@ -81,6 +81,28 @@ def test_layer_norm_of_a_sum(biased, dropout_p, dtype):
         return plain_norm(total + residual, weight, bias, 1e-12)
 
     check_operator(ours, theirs, inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("summed", [True, False])
+def test_a_norm_in_16_bits_without_gradients(summed, dtype):
+    """Inference takes torch's own 16-bit sum and norm, with fp32 parameters as under autocast."""
+    pool = Pool(eps=torch.finfo(dtype).eps)
+    for seed in SEEDS:
+        generator = torch.Generator().manual_seed(seed)
+        x, residual = (normal(generator, 33, 96).to(dtype) for _ in range(2))
+        weight, bias = 1.0 + normal(generator, 96, scale=0.3).float(), normal(generator, 96).float()
+        added = residual if summed else None
+        with torch.no_grad():
+            ours = ops.layer_norm(x, weight, bias, residual=added)
+            parts = ops.layer_norm_with_sum(x, weight, bias, residual=added)
+        total = x.double() + residual.double() if summed else x.double()
+        oracle = plain_norm(total, weight.double(), bias.double(), 1e-12)
+        narrow = plain_norm(total.to(dtype), weight.to(dtype), bias.to(dtype), 1e-12)
+        pool.add(ours.double(), narrow.double(), oracle)
+        assert ours.dtype == dtype and torch.equal(parts.output, ours)
+        assert torch.equal(parts.total, total.to(dtype))
+    assert pool.failures() == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
