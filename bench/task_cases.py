@@ -142,9 +142,8 @@ CASES = (
         ("accuracy",),
         "accuracy 90",
         settings={
-            "epochs": 1,
-            "batch_size": 64,
-            "learning_rate": 2e-4,
+            "epochs": 2,
+            "learning_rate": 1e-4,
             "max_seq_len": 128,
             "keep_best": False,
             "evaluate_epochs": 0,
