@@ -6,10 +6,12 @@ import copy
 import errno
 import json
 import sys
+import threading
 from itertools import islice
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from oracle import ErrorRule
@@ -227,6 +229,48 @@ def test_a_full_disk_leaves_what_was_saved(ranks, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000001"]
     monkeypatch.undo()
     assert load_run(tmp_path, *run).step == 1
+
+
+def test_shards_are_written_beside_training(ranks, tmp_path, monkeypatch):
+    """What is saved is what was there at the call; whoever leaves waits for it."""
+    model, optimizers, _ = run = trained(ranks, tmp_path, ())
+    gate, write = threading.Event(), safetensors.torch.save
+
+    def late(*words, **options):
+        assert gate.wait(60)
+        return write(*words, **options)
+
+    monkeypatch.setattr("safetensors.torch.save", late)
+    before = {name: whole(tensor).clone() for name, tensor in model.state_dict().items()}
+    moments = {name: whole(t).clone() for name, t in optimizers.state_tensors().items()}
+    state = TrainState(step=3)
+    save_run(tmp_path, state, *run, wait=False)
+    state.step = 4
+    assert not list((tmp_path / CHECKPOINTS).glob("step-*"))
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *optimizers.state_tensors().values()]:
+            tensor.add_(1)
+    gate.set()
+    assert load_run(tmp_path, *run).step == 3
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(whole(tensor), before[name]), name
+    for name, tensor in optimizers.state_tensors().items():
+        assert torch.equal(whole(tensor), moments[name]), name
+
+
+def test_a_disk_that_is_full_beside_training_is_told_at_the_next_checkpoint(
+    ranks, tmp_path, monkeypatch
+):
+    run = trained(ranks, tmp_path, (1,))
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save", full)
+    save_run(tmp_path, TrainState(step=2), *run, wait=False)
+    with pytest.raises(InputError, match=r"step-00000002: cannot write: no space left"):
+        save_run(tmp_path, TrainState(step=3), *run, wait=False)
+    assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000001"]
 
 
 def test_without_checkpoints_a_run_begins_anew(ranks, tmp_path):

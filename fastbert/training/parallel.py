@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,12 +55,17 @@ class Ranks:
         rank: of this process; the first one, 0, writes files and talks.
         count: of all.
         sharded: whether each holds a part of the model (FSDP2), not a copy.
+        beside: over which a thread talks to those of other ranks, beside training; where sharded.
+        writing: a thread that does.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, *, sharded: bool = False) -> None:
         self.rank, self.count, self.sharded = rank, count, sharded
         # counts are known on the host: a group of its own keeps them off the device
         self._host = dist.new_group(backend="gloo") if count > 1 else None
+        shared = sharded and dist.is_initialized()
+        self.beside = dist.new_group(backend="gloo", timeout=TIMEOUT) if shared else None
+        self.writing: threading.Thread | None = None
 
     @classmethod
     def from_environment(cls, device: torch.device, *, sharded: bool = False) -> Ranks:
@@ -155,7 +161,9 @@ class Ranks:
         self._sum_of(0)
 
     def close(self) -> None:
-        """Leave the others."""
+        """Leave the others, once nothing is written any more."""
+        if self.writing is not None:
+            self.writing.join()
         if (self.count > 1 or self.sharded) and dist.is_initialized():
             dist.destroy_process_group()
 

@@ -7,7 +7,9 @@ checkpoint in one piece, a folder takes its name only once it is whole, and is c
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,7 @@ def save_run(
         folder: of the run; where the model is sharded, one that all ranks see.
         state, model, optimizers: what is written.
         ranks: all of them call this.
-        wait: as for `save_checkpoint`; shards are always waited for.
+        wait: as for `save_checkpoint`; of shards too, threads of all ranks write copies made now.
         keeper: is written too; of a sharded model, its tensors are this rank's parts.
         kept: as for `save_checkpoint`.
 
@@ -69,28 +71,72 @@ def save_run(
         if ranks.first:
             save_checkpoint(folder, state, model, optimizers, wait=wait, keeper=keeper, kept=kept)
         return
+    finish_shards(ranks)
     target = checkpoint_path(folder, state.groups)
     if ranks.told(int(target.exists())):
         return
     partial = target.with_name(f".{target.name}.tmp")
+    with _together(ranks, target):
+        if ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / SHARDS).mkdir(parents=True)
     try:
-        with _together(ranks, target):
-            if ranks.first:
-                shutil.rmtree(partial, ignore_errors=True)
-                (partial / SHARDS).mkdir(parents=True)
         with _together(ranks, target):
             tensors = _tensors(model, optimizers)
             if keeper is not None:
                 for name, own in keeper.state_tensors().items():
                     tensors[_KEEPER + name] = assembled(own, tensors[name])
-            _write(partial / SHARDS, tensors)
-        with _together(ranks, target):
-            if ranks.first:
-                names = sorted(f"{SHARDS}/{path.name}" for path in (partial / SHARDS).iterdir())
-                finish_folder(partial, target, raw_state(state, keeper), names, kept)
-    finally:
+            written = _write(partial / SHARDS, tensors, ranks)
+    except InputError:
         if ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
+        raise
+    raw = raw_state(state, keeper)
+
+    def name_folder() -> None:
+        files = sorted(f"{SHARDS}/{path.name}" for path in (partial / SHARDS).iterdir())
+        finish_folder(partial, target, raw, files, kept)
+
+    ranks.writing = _Writing(target, written, name_folder if ranks.first else None)
+    ranks.writing.start()
+    if wait:
+        finish_shards(ranks)
+
+
+def finish_shards(ranks: Ranks) -> None:
+    """Wait for a checkpoint in shards that is being written; all ranks call this.
+
+    Raises:
+        InputError: on every rank, where any could not write.
+    """
+    writing, ranks.writing = ranks.writing, None
+    if isinstance(writing, _Writing):
+        with _together(ranks, writing.target):
+            writing.join()
+            if writing.failure is not None:
+                raise writing.failure
+
+
+class _Writing(threading.Thread):
+    """Waits until all ranks' parts are on disk; the first rank's names the folder then."""
+
+    def __init__(self, target: Path, written: Future[Any], name: Callable[[], None] | None) -> None:
+        super().__init__(name="checkpoint")
+        self.target, self.written, self.name_folder = target, written, name
+        self.failure: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self.written.result()
+            if self.name_folder is not None:
+                self.name_folder()
+        # for the training thread; torch's own error is no Exception
+        except BaseException as failure:
+            self.failure = failure
+        finally:
+            if self.name_folder is not None:
+                partial = self.target.with_name(f".{self.target.name}.tmp")
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_run(
@@ -115,6 +161,7 @@ def load_run(
         if ranks.first:
             ranks.barrier()
         return state
+    finish_shards(ranks)
     groups, failure = _NONE, None
     if ranks.first:
         try:
@@ -138,12 +185,15 @@ def load_run(
     return saved.state
 
 
-def _write(folder: Path, tensors: dict[str, Tensor]) -> None:
+def _write(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> Future[Any]:
+    """Begin to write copies of the tensors, made before this returns."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    checkpoint.save(tensors, storage_writer=writer)
+    written = checkpoint.async_save(tensors, storage_writer=writer, process_group=ranks.beside)
+    assert isinstance(written, Future)
+    return written
 
 
 def _read(folder: Path, model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
