@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.kernels.checks import wants_gradient
-from fastbert.kernels.philox import Rng, drawn_by_torch, keep_mask, kept
+from fastbert.kernels.philox import Rng, drawn_on_host, keep_mask, keep_scale, kept
 from fastbert.kernels.products import GELU, linear, linear_gelu
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -22,8 +22,8 @@ def dropout(x: Tensor, dropout_p: float, rng: Rng | None) -> Tensor:
         return x
     assert rng is not None
     # the scale is none that 16 bits hold: it is applied before the result is rounded
-    if x.dtype in NARROW and drawn_by_torch(rng, x):
-        return (x * kept(tuple(x.shape), dropout_p, rng, x)).mul_(1.0 / (1.0 - dropout_p))
+    if x.dtype in NARROW and drawn_on_host(rng, x):
+        return (x * kept(tuple(x.shape), dropout_p, rng, x)).mul_(keep_scale(dropout_p))
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * keep_mask(tuple(x.shape), dropout_p, rng, wide)).to(x.dtype)
 
