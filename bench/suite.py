@@ -102,7 +102,7 @@ class Suite:
         parser.add_argument(
             "--quick",
             action="store_true",
-            help=f"{QUICK_REPEATS} rounds, fewer cases: a look, not a result",
+            help=f"fewer cases, {QUICK_REPEATS} rounds unless told: a look, not a result",
         )
         self.add_flags(parser)
         return parser

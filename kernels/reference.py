@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastbert.kernels.checks import wants_gradient
 from fastbert.kernels.philox import Rng, drawn_on_host, keep_mask, keep_scale, kept
@@ -108,9 +109,11 @@ def _norm_total(
 
 def _sums_in_16_bits(x: Tensor, x_bias: Tensor | None, residual: Tensor | None) -> bool:
     """Whether a sum is rounded before its norm, as torch's modules do: inference on CPUs, where
-    wide copies cost more than the norm. Over training steps gradients would show it."""
-    narrow = x.dtype in NARROW and x.device.type == "cpu" and x_bias is None
-    return narrow and not wants_gradient(x, residual)
+    wide copies cost more than the norm. Over training steps gradients would show it, and fp16 knows
+    no sum beyond 65,504."""
+    narrow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and x_bias is None
+    # forward-mode derivatives of torch's norm are in the parameters' dtype
+    return narrow and not wants_gradient(x, residual) and forward_ad._current_level < 0  # type: ignore
 
 
 def _normalised(total: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -102,10 +102,11 @@ class _Attention(torch.autograd.Function):
         query, key, value = _parts(tensors)
         if grad_output is None:
             grad_output = torch.zeros_like(query)
-        results = [_blank(tensor, layout) for tensor in tensors]
-        gradients = _parts(results)
         # a second derivative needs the probabilities as a function of q and k
         twice = torch.is_grad_enabled()
+        # and gradients that are written to one by one
+        results = [_blank(tensor, layout) for tensor in ((query, key, value) if twice else tensors)]
+        gradients = results if twice else _parts(results)
         fuses = _fuses(plan, query) and not twice
         for group, mask, kept in zip(groups, _attention_masks(plan, query), saved, strict=True):
             q, k, v, grad = (_gather(tensor, group) for tensor in (query, key, value, grad_output))
@@ -118,6 +119,8 @@ class _Attention(torch.autograd.Function):
                 blocks = _block_gradients(plan, group, mask, probabilities, q, k, v, grad, flowing)
             for gradient, block in zip(gradients, blocks, strict=True):
                 _scatter(gradient, group, block)
+        if twice and len(tensors) == 1:
+            results = [torch.stack(results, dim=1)]
         return (None, *results)
 
 
@@ -224,7 +227,8 @@ def _scores(q: Tensor, k: Tensor, group: Group, plan: Plan) -> Tensor:
 
 def _adds_up(q: Tensor) -> bool:
     """Whether a product adds to what is there at no cost, and makes no NaN of minus infinity."""
-    return q.dtype == torch.bfloat16 and q.device.type == "cpu" and has_bf16_products()
+    narrow = q.dtype == torch.bfloat16 and q.device.type == "cpu"
+    return narrow and torch._C._get_mkldnn_enabled() and has_bf16_products()  # type: ignore
 
 
 def _window(group: Group, window: tuple[int, int], dtype: torch.dtype) -> Tensor:

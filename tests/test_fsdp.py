@@ -31,7 +31,7 @@ from fastbert.training.model_average import average
 from fastbert.training.optimizer import OPTIMIZERS, Optimizers
 from fastbert.training.parallel import Ranks
 from fastbert.training.pretrain import PretrainConfig, pretrain
-from fastbert.training.sharded_state import load_run, save_run
+from fastbert.training.sharded_state import finish_writing, load_run, save_run
 from fastbert.training.shards import part_of, whole
 from fastbert.training.spikes import SpikeGuard
 from fastbert.training.state import CHECKPOINTS, TrainState
@@ -271,6 +271,35 @@ def test_a_disk_that_is_full_beside_training_is_told_at_the_next_checkpoint(
     with pytest.raises(InputError, match=r"step-00000002: cannot write: no space left"):
         save_run(tmp_path, TrainState(step=3), *run, wait=False)
     assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000001"]
+    # or when the run ends otherwise; and it keeps nothing from being written once there is room
+    save_run(tmp_path, TrainState(step=2), *run, wait=False)
+    said: list[str] = []
+    finish_writing(run[-1], said.append)
+    assert len(said) == 1 and "step-00000002: cannot write: no space left" in said[0]
+    monkeypatch.undo()
+    save_run(tmp_path, TrainState(step=3), *run)
+    assert load_run(tmp_path, *run).step == 3
+
+
+def test_who_leaves_waits_for_what_is_written(ranks, tmp_path, monkeypatch):
+    """Even where it was interrupted while it waited."""
+    run = trained(ranks, tmp_path, ())
+    gate, write = threading.Event(), safetensors.torch.save
+    monkeypatch.setattr(
+        "safetensors.torch.save",
+        lambda *words, **options: (gate.wait(60), write(*words, **options))[1],
+    )
+    save_run(tmp_path, TrainState(step=3), *run, wait=False)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ranks.writing, "join", interrupted)
+        sharded_state.finish_shards(ranks)
+    threading.Timer(0.2, gate.set).start()
+    ranks.close()
+    assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000003"]
 
 
 def test_without_checkpoints_a_run_begins_anew(ranks, tmp_path):

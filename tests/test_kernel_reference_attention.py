@@ -96,20 +96,25 @@ def test_attention_takes_a_scale():
 
 @pytest.mark.parametrize("lengths", [[5, 5], [16, 16], [7, 3, 20]], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_attention_twice_differentiated(lengths, dropout_p):
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_twice_differentiated(fused, lengths, dropout_p):
     bounds = cumulative(lengths)
     tokens = int(bounds[-1]) + 2
     layout = Layout(bounds, capacity=tokens, max_seqlen=max(lengths))
     rng = Rng(3)
 
-    def ours(query, key, value):
-        return ops.attention(query, key, value, bounds, layout=layout, dropout_p=dropout_p, rng=rng)
+    def ours(qkv):
+        options = {"layout": layout, "dropout_p": dropout_p, "rng": rng}
+        if fused:
+            return ops.fused_qkv_attention(qkv, bounds, **options)
+        return ops.attention(*qkv.unbind(1), bounds, **options)
 
-    def theirs(query, key, value):
+    def theirs(qkv):
+        query = qkv[:, 0]
         masks = iter(dropout_blocks(layout, query, dropout_p, rng))
         outputs = query * 0.0
         for start, end in itertools.pairwise(bounds.tolist()):
-            q, k, v = (t[start:end].transpose(0, 1) for t in (query, key, value))
+            q, k, v = (t[start:end].transpose(0, 1) for t in qkv.unbind(1))
             kept = F.softmax(q @ k.mT * query.shape[-1] ** -0.5, dim=-1) * next(masks)
             rows = torch.arange(start, end)
             outputs = outputs.index_copy(0, rows, (kept @ v).transpose(0, 1))
@@ -117,7 +122,7 @@ def test_attention_twice_differentiated(lengths, dropout_p):
 
     def second_order(operator):
         def results(qkv, direction, flowing):
-            output = operator(*qkv.unbind(1))
+            output = operator(qkv)
             first = torch.autograd.grad((output * flowing).sum(), qkv, create_graph=True)[0]
             return output, first, torch.autograd.grad((first * direction).sum(), qkv)[0]
 

@@ -23,6 +23,7 @@ from fastbert.training.pretrain_config import PretrainConfig
 from fastbert.training.pretrain_run import MODEL_FOLDER, REPORT_FILE, pretrain_on, write_report
 from fastbert.training.pretrain_text import Source, Text
 from fastbert.training.run_folder import check_run, claim_run
+from fastbert.training.sharded_state import finish_writing
 from fastbert.training.state import remove_checkpoints
 from fastbert.training.trackers import parse_trackers
 
@@ -139,7 +140,11 @@ def _pretrain(
         " ".join(source.checksum for source in named.values()),
     )
     with locked(folder) if ranks.first else nullcontext():
-        report = pretrain_on(text, config, folder, resume=resume, say=say, ranks=ranks)
+        try:
+            report = pretrain_on(text, config, folder, resume=resume, say=say, ranks=ranks)
+        finally:
+            # nobody else may have the run before
+            finish_writing(ranks, say)
         if not ranks.first:
             return report
         if report:

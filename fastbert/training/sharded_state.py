@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from fastbert.training.state import (
     TrainState,
     as_os_error,
     checkpoint_path,
+    finish_checkpoint,
     finish_folder,
     intact_checkpoint,
     load_checkpoint,
@@ -71,11 +71,16 @@ def save_run(
         if ranks.first:
             save_checkpoint(folder, state, model, optimizers, wait=wait, keeper=keeper, kept=kept)
         return
-    finish_shards(ranks)
+    try:
+        finish_shards(ranks)
+    except InputError:
+        # who waits for this one wants it written, whatever became of the one before
+        if not wait:
+            raise
     target = checkpoint_path(folder, state.groups)
     if ranks.told(int(target.exists())):
         return
-    partial = target.with_name(f".{target.name}.tmp")
+    partial = _partial(target)
     with _together(ranks, target):
         if ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -86,18 +91,12 @@ def save_run(
             if keeper is not None:
                 for name, own in keeper.state_tensors().items():
                     tensors[_KEEPER + name] = assembled(own, tensors[name])
-            written = _write(partial / SHARDS, tensors, ranks)
-    except InputError:
+            ranks.writing = _Writing(target, tensors, raw_state(state, keeper), kept, ranks)
+    except BaseException:
+        ranks.writing = None
         if ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    raw = raw_state(state, keeper)
-
-    def name_folder() -> None:
-        files = sorted(f"{SHARDS}/{path.name}" for path in (partial / SHARDS).iterdir())
-        finish_folder(partial, target, raw, files, kept)
-
-    ranks.writing = _Writing(target, written, name_folder if ranks.first else None)
     ranks.writing.start()
     if wait:
         finish_shards(ranks)
@@ -109,34 +108,72 @@ def finish_shards(ranks: Ranks) -> None:
     Raises:
         InputError: on every rank, where any could not write.
     """
-    writing, ranks.writing = ranks.writing, None
+    writing = ranks.writing
     if isinstance(writing, _Writing):
         with _together(ranks, writing.target):
             writing.join()
+            # an interruption while it joins leaves it to whoever closes
+            ranks.writing = None
             if writing.failure is not None:
                 raise writing.failure
 
 
-class _Writing(threading.Thread):
-    """Waits until all ranks' parts are on disk; the first rank's names the folder then."""
+def finish_writing(ranks: Ranks, say: Callable[[str], None]) -> None:
+    """Wait for what this rank still writes, whatever ended the run, and say what it could not."""
+    try:
+        finish_checkpoint()
+    except InputError as failure:
+        say(str(failure))
+    writing = ranks.writing
+    if isinstance(writing, _Writing):
+        writing.join()
+        if writing.failure is not None:
+            say(str(_told(writing.target, writing.failure)))
 
-    def __init__(self, target: Path, written: Future[Any], name: Callable[[], None] | None) -> None:
+
+class _Writing(threading.Thread):
+    """Writes copies of this rank's parts, made at once; the first rank's names the folder."""
+
+    def __init__(
+        self,
+        target: Path,
+        tensors: dict[str, Tensor],
+        raw: dict[str, Any],
+        kept: int,
+        ranks: Ranks,
+    ) -> None:
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
         super().__init__(name="checkpoint")
-        self.target, self.written, self.name_folder = target, written, name
+        self.target, self.raw, self.kept, self.ranks = target, raw, kept, ranks
+        self.writer = HuggingFaceStorageWriter(
+            str(_partial(target) / SHARDS), save_distributed=True
+        )
+        self.copies = self.writer.stage(tensors)
         self.failure: BaseException | None = None
 
     def run(self) -> None:
+        from torch.distributed import checkpoint
+
+        partial = _partial(self.target)
         try:
-            self.written.result()
-            if self.name_folder is not None:
-                self.name_folder()
+            # over a group of its own: training talks at the same time
+            checkpoint.save(
+                self.copies, storage_writer=self.writer, process_group=self.ranks.beside
+            )
+            if self.ranks.first:
+                files = sorted(f"{SHARDS}/{path.name}" for path in (partial / SHARDS).iterdir())
+                finish_folder(partial, self.target, self.raw, files, self.kept)
         # for the training thread; torch's own error is no Exception
         except BaseException as failure:
             self.failure = failure
         finally:
-            if self.name_folder is not None:
-                partial = self.target.with_name(f".{self.target.name}.tmp")
+            if self.ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name}.tmp")
 
 
 def load_run(
@@ -183,17 +220,6 @@ def load_run(
         if keeper is not None and saved.kept is not None:
             keeper.load(saved.kept, kept)
     return saved.state
-
-
-def _write(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> Future[Any]:
-    """Begin to write copies of the tensors, made before this returns."""
-    from torch.distributed import checkpoint
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    written = checkpoint.async_save(tensors, storage_writer=writer, process_group=ranks.beside)
-    assert isinstance(written, Future)
-    return written
 
 
 def _read(folder: Path, model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
@@ -251,13 +277,16 @@ def _together(ranks: Ranks, path: Path, *, reading: bool = False) -> Iterator[No
     failure: InputError | None = None
     try:
         yield
-    except InputError as error:
-        failure = error
-    except CheckpointException as error:
-        causes = [cause for cause, _ in error.failures.values()]
-        failure = _line(path, causes[0], reading)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        failure = _line(path, error, reading)
+    except (
+        InputError,
+        CheckpointException,
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        SafetensorError,
+    ) as error:
+        failure = _told(path, error, reading)
     failed = ranks.told_by_any(failure is not None)
     if failure is not None:
         raise failure
@@ -266,7 +295,13 @@ def _together(ranks: Ranks, path: Path, *, reading: bool = False) -> Iterator[No
         raise InputError(f"{path}: another rank could not {action} its part")
 
 
-def _line(path: Path, cause: BaseException, reading: bool) -> InputError:
+def _told(path: Path, cause: BaseException, reading: bool = False) -> InputError:
+    """An error as a user is told it."""
+    if isinstance(cause, InputError):
+        return cause
+    # torch's own, of all ranks
+    causes = [error for error, _ in getattr(cause, "failures", {}).values()]
+    cause = causes[0] if causes else cause
     if reading:
         return InputError(f"{path}: damaged checkpoint: {str(cause).splitlines()[0]}")
     return writing_failed(path, as_os_error(cause))

@@ -117,14 +117,19 @@ def save_checkpoint(
         folder: of the run.
         state, model, optimizers: what is written.
         wait: return when it is on disk; else a thread writes copies made now, and a failure is
-            raised by the next call.
+            raised by the next call that does not wait.
         keeper: is written too.
         kept: newest checkpoints that stay, this one among them; at least 2, should it be damaged.
 
     Raises:
         InputError: it could not be written; earlier checkpoints are untouched.
     """
-    finish_checkpoint()
+    try:
+        finish_checkpoint()
+    except InputError:
+        # who waits for this one wants it written, whatever became of the one before
+        if not wait:
+            raise
     target = checkpoint_path(folder, state.groups)
     if target.exists():
         return
