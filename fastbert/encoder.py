@@ -110,7 +110,7 @@ class Layer(nn.Module):
             # what follows works on each row by itself
             context, hidden_states = (t.index_select(0, rows) for t in (context, hidden_states))
             rng = rng.select(rows) if rng else None
-        # the biases of both output projections are added by layer_norm where kernels run
+        # the biases of both output projections are added by layer_norm, or by the products
         output, output_bias = product(self.attention_output, context.flatten(1))
         attended = ops.layer_norm(
             output,

@@ -42,8 +42,8 @@ def project_qkv(module: nn.Module, x: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def product(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The product, and the bias that is still to be added: layer_norm's kernel does it on the way,
-    and without kernels the product does."""
+    """The product, and the bias that is still to be added: layer_norm does it on the way, but for
+    inference without kernels, where the product does."""
     if not is_plain(module):
         return module(x), None
     of_product, of_norm = _bias(module, x)
@@ -75,9 +75,16 @@ def gated_feed_forward(
 
 
 def _bias(module: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """A projection's bias as its product adds it, or as layer_norm does."""
+    """A projection's bias as its product adds it, or as layer_norm does.
+
+    layer_norm adds it before anything is rounded to 16 bits: where a row's terms nearly cancel,
+    gradients would feel a rounding.
+    """
+    weight: Tensor = module.weight  # type: ignore[assignment]
     bias: Tensor | None = module.bias  # type: ignore[assignment]
-    return (None, bias) if ops.uses_triton(x) else (bias, None)
+    if ops.uses_triton(x) or ops.wants_gradient(x, weight, bias):
+        return None, bias
+    return bias, None
 
 
 def _gelu(x: Tensor, activation: str) -> Tensor:

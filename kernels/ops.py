@@ -30,6 +30,7 @@ from fastbert.kernels.checks import (
     compute_dtype,
     draw,
     no_autocast,
+    wants_gradient,
 )
 from fastbert.kernels.embedding_ops import embedding
 from fastbert.kernels.launch import describe, use_backend, uses_triton
@@ -65,6 +66,7 @@ __all__ = [
     "uniforms",
     "use_backend",
     "uses_triton",
+    "wants_gradient",
     "with_attention_words",
 ]
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import SEEDS, ErrorRule
 from tiny import gradients, stirred, tiny_config, tiny_examples
+from torch import nn
 
-from fastbert import encoder
+from fastbert import encoder, linear
 from fastbert.kernels.ops import Rng
 from fastbert.linear import is_plain
 from fastbert.models import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification
@@ -131,3 +135,51 @@ def test_without_labels_every_token_has_its_logits():
     batch = batch_of(BertForPreTraining, 0, sample_ids=False)
     batch.labels = batch.sequence_labels = batch.masked_positions = None
     assert model(batch).logits.shape == (70, 67)
+
+
+def of_product(x, inner, outer, gated):
+    return outer(x)
+
+
+def of_feed_forward(x, inner, outer, gated):
+    return outer(F.gelu(inner(x)))
+
+
+def of_gated_feed_forward(x, inner, outer, gated):
+    activated, gate = gated(x).chunk(2, dim=-1)
+    return outer(F.gelu(activated) * gate)
+
+
+@pytest.mark.parametrize(
+    "definition, call",
+    [
+        (of_product, lambda x, inner, outer, gated: linear.product(outer, x)),
+        (
+            of_feed_forward,
+            lambda x, inner, outer, gated: linear.feed_forward(inner, outer, x, "gelu"),
+        ),
+        (
+            of_gated_feed_forward,
+            lambda x, inner, outer, gated: linear.gated_feed_forward(gated, outer, x, "gelu"),
+        ),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_waits_for_the_norm_under_gradients(dtype, definition, call):
+    """Where there are none the product adds it: rounded once more, but in no pass of its own."""
+    rule = ErrorRule()
+    for seed in SEEDS:
+        torch.manual_seed(seed)
+        values = [torch.randn(33, 24), nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(24, 48)]
+        values = [value.to(dtype) for value in values]
+        bias = values[2].bias
+        product, waiting = call(*values)
+        assert waiting is bias
+        with torch.no_grad():
+            whole, waiting = call(*values)
+            plain = definition(*values)
+            oracle = definition(*(copy.deepcopy(value).double() for value in values))
+        assert waiting is None
+        rule.compare("without gradients", whole, plain, oracle)
+        rule.compare("under gradients", (product + bias).detach(), plain, oracle)
+    rule.assert_within()
