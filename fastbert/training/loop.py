@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -106,27 +106,44 @@ class LoopConfig:
 
 
 class Interruption:
-    """Notes Ctrl-C and SIGTERM, so that the loop ends after the step in hand."""
+    """Notes Ctrl-C and SIGTERM, so that the loop ends after the step in hand.
+
+    What an outer one has noted an inner one knows: around the loop, before and after which there is
+    work that should not be torn off either. A second signal raises KeyboardInterrupt.
+    """
+
+    _outermost: ClassVar[Interruption | None] = None
 
     def __init__(self) -> None:
-        self.requested = False
+        self._noted = False
+
+    @property
+    def requested(self) -> bool:
+        """Whether somebody asked for the end."""
+        return (Interruption._outermost or self)._noted
 
     def __enter__(self) -> Interruption:
         self._previous: dict[int, Any] = {}
+        if Interruption._outermost is not None:
+            return self
         for number in (signal.SIGINT, signal.SIGTERM):
             # handlers can be set in the main thread alone
             with contextlib.suppress(ValueError):
                 self._previous[number] = signal.signal(number, self._note)
+        if self._previous:
+            Interruption._outermost = self
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if Interruption._outermost is self:
+            Interruption._outermost = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self._noted:
             raise KeyboardInterrupt
-        self.requested = True
+        self._noted = True
 
 
 def default_device() -> torch.device:

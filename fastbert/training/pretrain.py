@@ -17,7 +17,7 @@ from fastbert.data.tokenized import TokenizedCorpus
 from fastbert.files import locked
 from fastbert.tokenizer import Tokenizer
 from fastbert.training.evaluation import heldout, unigram_log_probabilities
-from fastbert.training.loop import default_device, refuse_graph
+from fastbert.training.loop import Interruption, default_device, refuse_graph
 from fastbert.training.parallel import Ranks, processes_started
 from fastbert.training.pretrain_config import PretrainConfig
 from fastbert.training.pretrain_run import MODEL_FOLDER, REPORT_FILE, pretrain_on, write_report
@@ -80,7 +80,8 @@ def pretrain(
     try:
         return _pretrain(sources, tokenizer_path, config, settings, ranks, doc_sep, resume, say)
     finally:
-        ranks.close()
+        with Interruption():
+            ranks.close()
 
 
 def _silent(line: str) -> None:
@@ -140,11 +141,13 @@ def _pretrain(
         " ".join(source.checksum for source in named.values()),
     )
     with locked(folder) if ranks.first else nullcontext():
-        try:
-            report = pretrain_on(text, config, folder, resume=resume, say=say, ranks=ranks)
-        finally:
-            # nobody else may have the run before
-            finish_writing(ranks, say)
+        # torchrun asks those to end whose peer is lost, and they have yet to say why
+        with Interruption():
+            try:
+                report = pretrain_on(text, config, folder, resume=resume, say=say, ranks=ranks)
+            finally:
+                # nobody else may have the run before
+                finish_writing(ranks, say)
         if not ranks.first:
             return report
         if report:
