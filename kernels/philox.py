@@ -166,7 +166,7 @@ def keep_masks(
 
 
 def _drawn(generator: torch.Generator, shape: tuple[int, ...], threshold: int) -> Tensor:
-    """Bools, four of each word: three times as fast as torch draws them one by one."""
+    """Bools, from 16 bits of a word each."""
     count = math.prod(shape)
     words = torch.empty(-(-count // 4), dtype=torch.int64)
     words.random_(-(1 << 63), None, generator=generator)

@@ -236,6 +236,18 @@ def test_interruption_keeps_the_handlers_it_found():
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+def test_what_an_outer_interruption_notes_an_inner_one_knows():
+    with Interruption():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with Interruption() as inner:
+            assert inner.requested
+        # the handlers are the outer one's still
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    with Interruption() as later:
+        assert not later.requested
+
+
 def test_the_run_ends_with_its_batches(tmp_path):
     run = Run(tmp_path / "run", budget=Budget(max_steps=100))
     stream = PretrainingStream(tiny_corpus(), tiny_tokenizer(), STREAM)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from fastbert.cli import main
 from fastbert.data.loader import Loader
+from fastbert.errors import InputError
 from fastbert.models import BertForMaskedLM, BertForPreTraining
 from fastbert.training import loop
 from fastbert.training.meter import read_metrics
@@ -100,6 +101,50 @@ def test_a_growing_run_is_the_same_however_often_it_stops(
     ours = json.loads((grown / "report.json").read_text())
     for name in ("mlm_loss_heldout", "mlm_loss_heldout_without_ema", "packing_efficiency"):
         assert report[name] == ours[name], name
+
+
+@pytest.fixture
+def torn(monkeypatch):
+    """A signal that nobody waits for is an error of its own, in place of the end of the tests."""
+
+    def tear(number, frame):
+        raise AssertionError("torn off")
+
+    before = signal.signal(signal.SIGTERM, tear)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_before_the_first_step_is_one_after_it(text, torn, tmp_path):
+    said: list[str] = []
+
+    class Listener(list):
+        def append(self, line: str) -> None:
+            said.append(line)
+            if line.startswith("pre-training"):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    assert go(text, tmp_path / "run", said=Listener()) == {}
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
+    assert said[-1].startswith("to go on")
+
+
+def test_a_signal_does_not_silence_the_error_that_ends_a_run(text, torn, tmp_path, monkeypatch):
+    """torchrun sends one to each process whose peer is lost, while it still tidies up."""
+
+    def lost(self):
+        raise InputError("another rank is gone")
+
+    close = Loader.close
+
+    def signalled(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        close(self)
+
+    monkeypatch.setattr(Loader, "__next__", lost)
+    monkeypatch.setattr(Loader, "close", signalled)
+    with pytest.raises(InputError, match="another rank is gone"):
+        go(text, tmp_path / "run")
 
 
 def test_the_mean_of_the_weights_is_scored_and_saved(grown, text, tmp_path):
