@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -37,6 +38,8 @@ from fastbert.metrics.correlation import spearman
 from fastbert.tokenizer import Tokenizer
 
 PARITY_TEXTS, SIMILARITY_PAIRS = 24, 200
+# each pins the main thread to one core
+BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 NOTES = (
     "sentence-transformers and ONNX Runtime sort by length and take the fastest of batches of 8, "
     "16 and 32; bf16 of sentence-transformers is the whole model in bf16, ours is autocast",
@@ -111,7 +114,17 @@ class Accuracy:
 
 
 def cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
-    """One case: the paragraphs through every encoder."""
+    """One case: the paragraphs through every encoder.
+
+    Raises:
+        InputError: no text, or threads bound to cores.
+    """
+    for name in BINDING:
+        if options.threads > 1 and os.environ.get(name, "false").lower() not in ("", "false"):
+            raise InputError(
+                f"{name} is set, which binds the main thread to one core; ONNX Runtime's threads "
+                "would all start there and look slow: unset it"
+            )
     folder = options.model or default_model()
     path = options.text or data_file(WIKIPEDIA)
     if path is None:

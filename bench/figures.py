@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastbert.bench import machine, results
+from fastbert.bench import machine, own_figures, results
+from fastbert.bench.own_figures import with_spread
 from fastbert.errors import InputError
 from fastbert.files import atomic_write
 
@@ -23,8 +24,11 @@ RESULTS, PICTURES = Path("bench/results"), Path("docs/pictures")
 PAGES = (Path("README.md"), Path("docs/performance.md"))
 # the machine that README speaks of
 CLASS = "cpu-avx512_bf16"
-WITHOUT_PICTURES = ("parity",)
-SIDES = ("ours", "theirs")
+WITHOUT_PICTURES = ("parity", "drop-in", "loader")
+COMMANDS = {
+    "parity": "fastbert parity MODEL",
+    "loader": "fastbert bench loader TEXT --tokenizer FOLDER",
+}
 LINK = re.compile(r"\]\(((?:bench|docs)/[^)]+)\)")
 BLOCK = re.compile(r"<!-- figures: ([a-z-]+) -->\n(.*?)<!-- end of figures -->", re.DOTALL)
 
@@ -59,7 +63,7 @@ def written(text: str, root: Path, page: Path = PAGES[0]) -> str:
 
 
 def _command(suite: str) -> str:
-    return f"fastbert bench {suite}" if suite != "parity" else "fastbert parity MODEL"
+    return COMMANDS.get(suite, f"fastbert bench {suite}")
 
 
 def result_file(suite: str) -> Path:
@@ -138,9 +142,45 @@ def padding(root: Path) -> str:
         if case["conditions"]["quantity"] != "padding":
             continue
         times = _speedup(case, "fastbert bf16", "transformers bf16")
-        lines.append(f"| {case['conditions']['value']:g} % | {_with_spread(times)} |")
+        lines.append(f"| {case['conditions']['value']:g} % | {with_spread(times)} |")
     shown = picture(root, "sweep-padding", "Speed-up against the share of padding")
     return "\n\n".join(["\n".join(lines), *shown, _source(found)])
+
+
+def growth(root: Path) -> str:
+    """What a thousand tokens cost as a quantity grows, ours and theirs, as a table."""
+    found = load(root, "sweep")
+    lines = [
+        "| quantity | value | fastbert, ms a thousand tokens | transformers | times as fast |",
+        "|---|---|---|---|---|",
+    ]
+    shown = []
+    for case in found["cases"]:
+        quantity, value = case["conditions"]["quantity"], case["conditions"]["value"]
+        if quantity == "padding":
+            continue
+        cost = {}
+        for row in case["rows"]:
+            measured = row["status"] == "measured"
+            cost[row["provider"]] = (
+                f"{1e6 / row['real_tokens_per_s']:,.0f}" if measured else row["reason"]
+            )
+        by = [r["speedup"] for r in case["ratios"] if r["peer"].startswith("transformers")]
+        cells = [quantity, f"{value:,g}", cost["fastbert"], cost["transformers"]]
+        lines.append(f"| {' | '.join(cells)} | {with_spread(by[0]) if by else ''} |")
+        shown += picture(root, f"sweep-{quantity}", f"Cost against {quantity}")
+    return "\n\n".join(["\n".join(lines), *dict.fromkeys(shown), _source(found)])
+
+
+def real_training(suite: str) -> Callable[[Path], str]:
+    """The table of a suite that trains on real text, with what was learned in it."""
+
+    def made(root: Path) -> str:
+        found = load(root, suite)
+        tables = map(_rows_table, found["cases"])
+        return "\n\n".join([*tables, _source(found, "steps")])
+
+    return made
 
 
 def ablation(root: Path) -> str:
@@ -153,7 +193,7 @@ def ablation(root: Path) -> str:
                 name = row["provider"].removeprefix("without ")
                 lines.append(f"| {name} | {row['dtype']} | {row['reason']} | |")
                 continue
-            by = "" if row["provider"] == "fastbert" else _with_spread(
+            by = "" if row["provider"] == "fastbert" else with_spread(
                 _speedup(case, f"fastbert {row['dtype']}", results.label(row))
             )  # fmt: skip
             name = row["provider"].removeprefix("without ").replace("fastbert", "nothing")
@@ -162,24 +202,14 @@ def ablation(root: Path) -> str:
     return "\n\n".join(["\n".join(lines), *shown, _source(found)])
 
 
-def exactness(root: Path) -> str:
-    """A model's hidden states beside transformers'; a file of `fastbert parity`, not of a suite."""
-    found = json.loads((root / result_file("parity")).read_text(encoding="utf-8"))
-    lines = [
-        "| | largest difference | least cosine | largest error, ours | transformers' "
-        "| rms error, ours | transformers' |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in found["rows"]:
-        errors = [f"{row[f'{who}_{kind}_error']:.1e}" for kind in ("max", "rms") for who in SIDES]
-        difference, cosine = f"{row['max_difference']:.1e}", f"{row['least_cosine']:.7f}"
-        lines.append(f"| {' | '.join([row['dtype'], difference, cosine, *errors])} |")
-    host, file = found["machine"], result_file("parity").as_posix()
-    return "\n".join(lines) + (
-        f"\n\n`fastbert parity` of {found['model']}: {host['cpu']} with {host['cpu_class']}, "
-        f"torch {host['torch']}, transformers {host['transformers']}, commit {host['commit']}; "
-        f"[{file}]({file})."
-    )
+def own(name: str, make: Callable[[dict[str, Any], str], str]) -> Callable[[Path], str]:
+    """A block from a file that has a form of its own."""
+
+    def made(root: Path) -> str:
+        file = result_file(name)
+        return make(json.loads((root / file).read_text(encoding="utf-8")), file.as_posix())
+
+    return made
 
 
 # by name, the suite whose run it reads, and who writes it
@@ -191,7 +221,12 @@ BLOCKS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "ablation": ("ablation", ablation),
     "breakdown": ("breakdown", breakdown),
     "roofline": ("kernels", roofline),
-    "exactness": ("parity", exactness),
+    "exactness": ("parity", own("parity", own_figures.exactness)),
+    "drop-in": ("drop-in", own("drop-in", own_figures.drop_in)),
+    "growth": ("sweep", growth),
+    "pretrain": ("pretrain", real_training("pretrain")),
+    "finetune": ("finetune", real_training("finetune")),
+    "loader": ("loader", own("loader", own_figures.loader)),
 }
 
 
@@ -217,12 +252,12 @@ def _rows_table(case: dict[str, Any]) -> str:
         if with_memory:
             cells.append(f"{row['step_mib']:,.0f}" if "step_mib" in row else "-")
         cells += [f"{row.get('figures', {}).get(figure, '-')}" for figure in figures]
-        cells.append("" if ratio is None else _with_spread(ratio["speedup"]))
+        cells.append("" if ratio is None else with_spread(ratio["speedup"]))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _source(found: dict[str, Any]) -> str:
+def _source(found: dict[str, Any], rounds: str = "rounds") -> str:
     host = found["machine"]
     device = host.get("gpu") or f"{host['cpu']} with {host['cpu_class']}, {host['threads']} threads"
     file = RESULTS / f"{found['bench']}-{machine.machine_class(host)}.json"
@@ -231,7 +266,7 @@ def _source(found: dict[str, Any]) -> str:
     )
     return (
         f"`{found['command']}`: {device}, {versions}, Python {host['python']}, commit "
-        f"{host['commit']}, median of {found['repeats']} rounds taken in turn"
+        f"{host['commit']}, median of {found['repeats']} {rounds} taken in turn"
         f"{results.busy(found)}; all samples in [{file}]({file})."
     )
 
@@ -241,10 +276,6 @@ def _speedup(case: dict[str, Any], ours: str, peer: str) -> dict[str, float]:
         if (ratio["ours"], ratio["peer"]) == (ours, peer):
             return dict(ratio["speedup"])
     raise InputError(f"figures: {case['name']} holds no ratio of {ours} to {peer}")
-
-
-def _with_spread(times: dict[str, float]) -> str:
-    return f"{times['median']:.2f} ({times['lowest']:.2f} to {times['highest']:.2f})"
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -84,3 +84,10 @@ def test_the_suite_shows_what_is_absent(monkeypatch, tmp_path):
     assert rows["onnxruntime", "int8"]["reason"] == "absent: pip install 'fastbert[onnx]'"
     assert "parity" not in rows["fastbert", "int8"]
     assert rows["fastbert", "fp32"]["figures"]["least cosine"] > 0.9999
+
+
+@pytest.mark.parametrize("name", encode.BINDING)
+def test_threads_bound_to_cores_are_refused(monkeypatch, capsys, name):
+    monkeypatch.setenv(name, "cores")
+    assert main(["encode", "--quick", "--threads", "2"]) == 2
+    assert f"{name} is set, which binds" in capsys.readouterr().err
