@@ -5,10 +5,32 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
 from fastbert.bench import gpu
+
+MEMORY_INFO = Path("/proc/meminfo")
+
+
+def too_little(needed: float, device: torch.device) -> str:
+    """Why a step of so many bytes is not begun: Linux would kill the bench, and what it measured
+    so far would be all there is. Empty where there is room, or where nobody says how much."""
+    free = _free(device)
+    if free is None or needed <= free:
+        return ""
+    return f"needs about {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free"
+
+
+def _free(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if not MEMORY_INFO.exists():
+        return None
+    lines = MEMORY_INFO.read_text(encoding="ascii").splitlines()
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * int(found[0]) if found else None
 
 
 def step_mib(step: Callable[[], object], device: torch.device) -> float:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from fastbert.bench import memory
 from fastbert.bench import step_sides as sides
 from fastbert.bench.distributions import Distribution
 from fastbert.bench.providers import BF16
@@ -33,6 +34,8 @@ BATCHES = (4, 16, 64, 256)
 HIDDEN = (128, 256, 512)
 VOCABULARIES = (4096, 16384, 30522, 65536)
 QUICK_POINTS = 2
+# of transformers' step, by padded token and word: logits, their log-softmax and both gradients
+LOGIT_BYTES = 16
 
 
 def cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
@@ -100,19 +103,26 @@ def _case(
     examples = masked_examples(lengths, config.vocab_size, Workload().mask_probability)
     workload = Workload(vocab_size=config.vocab_size, longest=config.max_position_embeddings)
     found = []
+    padded_tokens = len(lengths) * int(lengths.max())
+    absent = memory.too_little(LOGIT_BYTES * padded_tokens * config.vocab_size, device)
     for dtype in options.dtype or ("bf16",):
         needs = ("transformers", *([BF16] if dtype == "bf16" else []))
         judge = sides.Judge(workload, folder, dtype, device, batches=1)
         found += [
             Provider(OURS, dtype, sides.ours(folder, examples, dtype, device), judge.ours, needs),
             Provider(
-                "transformers", dtype, sides.padded(folder, examples, dtype, device), None, needs
+                "transformers",
+                dtype,
+                sides.padded(folder, examples, dtype, device),
+                None,
+                needs,
+                absent=absent,
             ),
         ]
     masked = int(examples.num_masked.sum())
     work = Work(
         int(lengths.sum()),
-        len(lengths) * int(lengths.max()),
+        padded_tokens,
         step_operations(config, lengths, masked),
     )
     conditions = {

@@ -11,6 +11,7 @@ from fastbert.bench import (
     breakdown,
     ceilings,
     layer,
+    memory,
     packing,
     results,
     step_sides,
@@ -131,6 +132,22 @@ def test_sweep(monkeypatch, tmp_path):
     assert even == 0.0 and uneven > 30.0
     for case in found["cases"]:
         assert set(statuses(case).values()) == {"measured"}, case["rows"]
+
+
+def test_a_peer_that_does_not_fit_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(sweep, "Workload", lambda **fields: TINY)
+    monkeypatch.setattr(sweep, "PADDING_SEQUENCES", 4)
+    monkeypatch.setattr(memory, "MEMORY_INFO", tmp_path / "meminfo")
+    memory.MEMORY_INFO.write_text("MemTotal: 64 kB\nMemFree: 9 kB\nMemAvailable: 32 kB\n")
+    for case in measured(tmp_path, "sweep")["cases"]:
+        by_provider = {row["provider"]: row for row in case["rows"]}
+        assert by_provider["fastbert"]["status"] == "measured"
+        assert by_provider["transformers"]["status"] == "skipped"
+        assert "GiB of memory, 0 are free" in by_provider["transformers"]["reason"]
+    assert memory.too_little(32 * 1024, torch.device("cpu")) == ""
+    assert memory.too_little(32 * 1024 + 1, torch.device("cpu"))
+    memory.MEMORY_INFO.unlink()
+    assert memory.too_little(1e15, torch.device("cpu")) == ""
 
 
 def test_points_of_the_other_quantities():
