@@ -16,6 +16,7 @@ from typing import Any
 
 from fastbert.bench import machine, own_figures, results
 from fastbert.bench.own_figures import with_spread
+from fastbert.bench.page import CALLED, pictures
 from fastbert.errors import InputError
 from fastbert.files import atomic_write
 
@@ -187,7 +188,8 @@ def growth(root: Path) -> str:
         by = [r["speedup"] for r in case["ratios"] if r["peer"].startswith("transformers")]
         cells = [quantity, f"{value:,g}", cost["fastbert"], cost["transformers"]]
         lines.append(f"| {' | '.join(cells)} | {with_spread(by[0]) if by else ''} |")
-        shown += picture(root, f"sweep-{quantity}", f"Cost against {quantity}")
+        said = f"Cost against {CALLED.get(quantity, quantity)}"
+        shown += picture(root, f"sweep-{quantity}", said)
     return "\n\n".join(["\n".join(lines), *dict.fromkeys(shown), _source(found)])
 
 
@@ -197,7 +199,8 @@ def real_training(suite: str) -> Callable[[Path], str]:
     def made(root: Path) -> str:
         found = load(root, suite)
         tables = map(_rows_table, found["cases"])
-        return "\n\n".join([*tables, _source(found, "steps")])
+        shown = picture(root, f"{suite}-0", "Both sides on the same batches")
+        return "\n\n".join([*tables, *shown, _source(found, "steps")])
 
     return made
 
@@ -305,8 +308,6 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     drawn = []
     if not given.check:
-        from fastbert.bench.page import pictures
-
         # the pages show those that are there
         drawn = pictures([load(ROOT, suite) for suite in _measured(ROOT)], ROOT / PICTURES)
     changed = []

@@ -19,6 +19,8 @@ AXES = {
     "hidden": "hidden size",
     "vocabulary": "words in the vocabulary",
 }
+# in a title, where its name alone would not do
+CALLED = {"batch": "batch size", "hidden": "hidden size"}
 COST = "ms a thousand real tokens"
 TITLES = {
     "train-step": "One training step",
@@ -121,7 +123,7 @@ def _swept(found: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             title = "Speed-up against padding, one training step"
             yield "sweep-padding", charts.against_padding(cases, title)
         else:
-            title = f"Cost against {quantity}, one training step"
+            title = f"Cost against {CALLED.get(quantity, quantity)}, one training step"
             yield f"sweep-{quantity}", charts.growth(cases, AXES[quantity], title, COST)
 
 

@@ -100,7 +100,8 @@ def table(results: Results, model: str, install: str | None = None) -> str:
         "The same checkpoint, token ids, epochs, batch size, peak learning rate, warm-up, dropout "
         "and dtype; the Trainer pads each batch to its longest row. Questions are cut into windows "
         "and answers put together as in transformers' run_qa recipe, whose default, padding to the "
-        "full length, would be slower. Both models are scored by the same code.",
+        "full length, would be slower. Both models are scored by the same code. A run that was "
+        "paused for other work on the machine has no time.",
         "",
         "| case | figure | fastbert | Trainer | training, s | Trainer's, s |",
         "|---|---|---|---|---|---|",
@@ -133,11 +134,10 @@ def _case_row(case: TaskCase, stages: dict[str, Any]) -> str:
     for title, key in (("before", "before"), ("BM25", "bm25")):
         known = runs[0].get(key, {})
         shown += [f"({title}: {n} {100 * v:.1f})" for n, v in known.items() if n in case.shown]
-    seconds = statistics.median(run["seconds"] for run in runs)
     seeds = f" ({len(runs)} seeds)" if len(runs) > 1 else ""
     return (
         f"{head} {', '.join(shown)}{seeds} | {case.goal} | {runs[0]['epochs']:g} | "
-        f"{runs[0]['rows']:,} | {seconds:,.0f} |"
+        f"{runs[0]['rows']:,} | {_seconds(runs)} |"
     )
 
 
@@ -147,6 +147,14 @@ def percent(runs: Sequence[dict[str, Any]], name: str) -> str:
     if len(values) == 1:
         return f"{values[0]:.1f}"
     return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+
+
+def _seconds(runs: Sequence[dict[str, Any]]) -> str:
+    """The median time; of a run that was stopped for a while (SIGSTOP) it says nothing, and who
+    stopped it marks its result `"paused": true`."""
+    if any(run.get("paused") for run in runs):
+        return "paused"
+    return f"{statistics.median(run['seconds'] for run in runs):,.0f}"
 
 
 def _peer_rows(results: Results, install: str | None) -> list[str]:
@@ -160,10 +168,9 @@ def _peer_rows(results: Results, install: str | None) -> list[str]:
             rows.append(f"| {case.name} | {install or 'not measured'} | | | | |")
             continue
         for name in case.shown:
-            seconds = [statistics.median(run["seconds"] for run in runs) for runs in (ours, theirs)]
             rows.append(
                 f"| {case.name} | {name} | {percent(ours, name)} | {percent(theirs, name)} | "
-                f"{seconds[0]:,.0f} | {seconds[1]:,.0f} |"
+                f"{_seconds(ours)} | {_seconds(theirs)} |"
             )
     return rows
 

@@ -141,6 +141,10 @@ def test_the_page_says_what_is_not_measured(tmp_path) -> None:
     assert "Other programs ran beside" not in page
     found["trec"]["trainer"][0]["load"], found["trec"]["speed"]["load"] = 7.5, 2.9
     assert "at the end: trec (trainer) 7.5.\n" in task_results.table(found, "small")
+    # time of a run that somebody paused is no time
+    found["trec"]["trainer"][0]["paused"] = True
+    page = task_results.table(found, "small")
+    assert f"| trec | accuracy | {mine} | 95.5 | 60 | paused |" in page
     # an absent peer shows what would bring it
     missing = task_results.table({}, "small", "no accelerate: pip install 'fastbert[bench]'")
     assert missing.count("| no accelerate: pip install 'fastbert[bench]' |") == 2 * peers
