@@ -39,9 +39,12 @@ def drop_in(found: dict[str, Any], file: str) -> str:
     titles = [TOLD[name] + (", sorted" if order == "sorted" else "") for name, order in sides]
     lines = ["| real tokens/s | " + " | ".join(titles) + " |", "|---" * (1 + len(sides)) + "|"]
     for task, of_task in found["tasks"].items():
-        rows = {(r["name"], r["order"], r["dtype"]): r for r in of_task["rows"]}
+        rows = {
+            (row["name"], row["order"], row["dtype"]): row["real_tokens_per_s"]
+            for row in of_task["rows"]
+        }
         for dtype in dict.fromkeys(row["dtype"] for row in of_task["rows"]):
-            cells = [f"{rows[(*side, dtype)]['real_tokens_per_s']:,}" for side in sides]
+            cells = [f"{rows[name, order, dtype]:,}" for name, order in sides]
             lines.append(f"| {task}, {dtype} | " + " | ".join(cells) + " |")
     lines.append("")
     for task, of_task in found["tasks"].items():
