@@ -25,7 +25,8 @@ RESULTS, PICTURES = Path("bench/results"), Path("docs/pictures")
 PAGES = (Path("README.md"), Path("docs/performance.md"))
 # the machine that README speaks of
 CLASS = "cpu-avx512_bf16"
-WITHOUT_PICTURES = ("parity", "drop-in", "loader")
+# no charts are drawn of a file of its own form, nor where tables say enough
+WITHOUT_PICTURES = ("parity", "drop-in", "loader", "layer")
 COMMANDS = {
     "parity": "fastbert parity MODEL",
     "loader": "fastbert bench loader TEXT --tokenizer FOLDER",
@@ -136,6 +137,12 @@ def _fastest(case: dict[str, Any]) -> str:
     )
 
 
+def layer(root: Path) -> str:
+    """One encoder layer, compiled too where that was measured."""
+    found = load(root, "layer")
+    return "\n\n".join([*map(_rows_table, found["cases"]), _source(found)])
+
+
 def breakdown(root: Path) -> str:
     """Where a step goes, a picture a dtype."""
     found = load(root, "breakdown")
@@ -242,6 +249,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "padding": ("sweep", padding),
     "ablation": ("ablation", ablation),
     "breakdown": ("breakdown", breakdown),
+    "layer": ("layer", layer),
     "roofline": ("kernels", roofline),
     "exactness": ("parity", own("parity", own_figures.exactness)),
     "drop-in": ("drop-in", own("drop-in", own_figures.drop_in)),
