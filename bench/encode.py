@@ -38,7 +38,7 @@ from fastbert.metrics.correlation import spearman
 from fastbert.tokenizer import Tokenizer
 
 PARITY_TEXTS, SIMILARITY_PAIRS = 24, 200
-# each pins the main thread to one core
+# of OpenMP's libraries; some pin the main thread to one core, by themselves or together
 BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 NOTES = (
     "sentence-transformers and ONNX Runtime sort by length and take the fastest of batches of 8, "
@@ -113,18 +113,27 @@ class Accuracy:
         return judged
 
 
+def refuse_bound(threads: int) -> None:
+    """Threads that inherit this one's single core would share it; torch's own do not inherit it.
+
+    Raises:
+        InputError: OpenMP has bound this thread to fewer cores than there are to be threads.
+    """
+    named = [name for name in BINDING if name in os.environ]
+    if named and hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < threads:
+        raise InputError(
+            f"{' and '.join(named)} bound the main thread to a core; ONNX Runtime's threads would "
+            "all start there and look slow: unset it"
+        )
+
+
 def cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
     """One case: the paragraphs through every encoder.
 
     Raises:
         InputError: no text, or threads bound to cores.
     """
-    for name in BINDING:
-        if options.threads > 1 and os.environ.get(name, "false").lower() not in ("", "false"):
-            raise InputError(
-                f"{name} is set, which binds the main thread to one core; ONNX Runtime's threads "
-                "would all start there and look slow: unset it"
-            )
+    refuse_bound(options.threads)
     folder = options.model or default_model()
     path = options.text or data_file(WIKIPEDIA)
     if path is None:

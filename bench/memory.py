@@ -1,4 +1,4 @@
-"""The most memory that one step's tensors hold at once."""
+"""The most memory that one step's tensors hold at once, and whether there is as much."""
 
 from __future__ import annotations
 

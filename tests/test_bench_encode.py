@@ -86,8 +86,16 @@ def test_the_suite_shows_what_is_absent(monkeypatch, tmp_path):
     assert rows["fastbert", "fp32"]["figures"]["least cosine"] > 0.9999
 
 
-@pytest.mark.parametrize("name", encode.BINDING)
-def test_threads_bound_to_cores_are_refused(monkeypatch, capsys, name):
-    monkeypatch.setenv(name, "cores")
+def test_threads_bound_to_cores_are_refused(monkeypatch, capsys):
+    for name in encode.BINDING:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(encode.os, "sched_getaffinity", lambda process: {0}, raising=False)
+    # a machine of one core binds nobody
+    encode.refuse_bound(2)
+    monkeypatch.setenv("OMP_PLACES", "cores")
+    encode.refuse_bound(1)
     assert main(["encode", "--quick", "--threads", "2"]) == 2
-    assert f"{name} is set, which binds" in capsys.readouterr().err
+    assert "OMP_PLACES bound the main thread to a core" in capsys.readouterr().err
+    # set, but without effect
+    monkeypatch.setattr(encode.os, "sched_getaffinity", lambda process: {0, 1})
+    encode.refuse_bound(2)
