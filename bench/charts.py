@@ -222,18 +222,31 @@ def roofline(found: dict[str, Any], title: str) -> Any:
     axis.set_axisbelow(True)
     axis.set_title(title, pad=10)
     figure.tight_layout()
-    _name_points(axis, points, (low * high) ** 0.5)
+    _name_points(axis, points, (low * high) ** 0.5, list(ceilings["tflop_per_s"].values()))
     return figure
 
 
-def _name_points(axis: Any, points: Sequence[tuple[str, str, float, float]], middle: float) -> None:
-    """Names beside the points, towards the middle, where there is room; none upon another."""
+def _name_points(
+    axis: Any,
+    points: Sequence[tuple[str, str, float, float]],
+    middle: float,
+    peaks: Sequence[float],
+) -> None:
+    """Names beside the points, towards the middle, where there is room; none upon another, nor
+    upon a ceiling of so many TFLOP/s."""
+
+    def height_of(rate: float) -> float:
+        # in points of 1/72 inch, which text is measured in
+        return float(axis.transData.transform((middle, 1e3 * rate))[1]) * 72 / axis.figure.dpi
+
     lowest = {1: float("inf"), -1: float("inf")}
     for name, dtype, intensity, rate in sorted(points, key=lambda point: -point[3]):
         side = -1 if intensity > middle else 1
-        # in points of 1/72 inch, which text is measured in
-        height = axis.transData.transform((intensity, 1e3 * rate))[1] * 72 / axis.figure.dpi
+        height = height_of(rate)
         lowest[side] = min(height - 3.0, lowest[side] - LINE_POINTS)
+        for ceiling in map(height_of, peaks):
+            if side < 0 and lowest[side] < ceiling < lowest[side] + LINE_POINTS:
+                lowest[side] = ceiling - LINE_POINTS
         axis.annotate(
             f"{name} {dtype}",
             (intensity, 1e3 * rate),

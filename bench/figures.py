@@ -116,12 +116,18 @@ def encode(root: Path) -> str:
     found = load(root, "encode")
     shown = picture(root, "encode-0", "Encoding beside sentence-transformers and ONNX Runtime")
     return "\n\n".join(
-        [*map(_rows_table, found["cases"]), *map(_fastest, found["cases"]), *shown, _source(found)]
+        [
+            *map(_rows_table, found["cases"]),
+            *(line for case in found["cases"] if (line := _fastest(case))),
+            *shown,
+            _source(found),
+        ]
     )
 
 
 def _fastest(case: dict[str, Any]) -> str:
-    """A line: ours in bf16 beside the fastest of theirs; int8 is less accurate."""
+    """A line: ours in bf16 beside the fastest of theirs; int8 is less accurate. Empty where no
+    peer was measured."""
     theirs = [
         row
         for row in case["rows"]
@@ -130,6 +136,8 @@ def _fastest(case: dict[str, Any]) -> str:
         and not row["provider"].startswith("fastbert")
         and not row["provider"].endswith("accelerated")
     ]
+    if not theirs:
+        return ""
     peer = results.label(min(theirs, key=lambda row: row["ms"]["median"]))
     times = with_spread(_speedup(case, "fastbert bf16", peer))
     return (

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from fastbert.bench import figures
+from fastbert.bench import figures, results
 from fastbert.errors import InputError
 
 
@@ -39,6 +39,17 @@ def test_what_is_not_measured_says_how(tmp_path):
     text = "<!-- figures: encode -->\n<!-- end of figures -->"
     made = figures.written(text, tmp_path)
     assert "Not measured yet: `fastbert bench encode --json bench/results/encode-" in made
+
+
+def test_encoding_without_a_peer_names_none(tmp_path):
+    found = figures.load(figures.ROOT, "encode")
+    for case in found["cases"]:
+        case["rows"] = [row for row in case["rows"] if row["provider"] == "fastbert"]
+    path = tmp_path / figures.result_file("encode")
+    path.parent.mkdir(parents=True)
+    results.write(path, found)
+    made = figures.written("<!-- figures: encode -->\n<!-- end of figures -->", tmp_path)
+    assert "| **fastbert bf16** |" in made and "the fastest of theirs" not in made
 
 
 def test_a_block_that_nobody_makes_is_refused():

@@ -82,6 +82,23 @@ def test_bars_say_what_the_rows_say():
     assert ticks == ["fastbert fp32", "peer fp32"]
 
 
+def test_no_name_lies_across_a_ceiling():
+    peaks = KERNELS["ceilings"]["tflop_per_s"]
+    rows = [row("fastbert", dtype=dtype, tflop_per_s=0.98 * peak) for dtype, peak in peaks.items()]
+    products = case("product, 4 x 4", rows)
+    products["work"] |= {"operations": 1e6, "moved_bytes": 1e3}
+    figure = charts.roofline(KERNELS | {"cases": [*KERNELS["cases"], products]}, "a title")
+    figure.canvas.draw()
+    axis = figure.axes[0]
+    names = [text for text in axis.texts if text.get_text().startswith("product")]
+    assert len(names) == len(peaks)
+    for peak in peaks.values():
+        height = axis.transData.transform((1.0, 1e3 * peak))[1]
+        for name in names:
+            box = name.get_window_extent()
+            assert not box.y0 < height < box.y1, name.get_text()
+
+
 def test_the_page_holds_charts_tables_and_reasons(tmp_path, capsys):
     files = []
     for found in (STEP, SWEEP):
