@@ -100,8 +100,8 @@ def table(results: Results, model: str, install: str | None = None) -> str:
         "The same checkpoint, token ids, epochs, batch size, peak learning rate, warm-up, dropout "
         "and dtype; the Trainer pads each batch to its longest row. Questions are cut into windows "
         "and answers put together as in transformers' run_qa recipe, whose default, padding to the "
-        "full length, would be slower. Both models are scored by the same code. A run that was "
-        "paused for other work on the machine has no time.",
+        "full length, would be slower. Both models are scored by the same code. Times are medians "
+        "over the seeds; a run that was paused for other work on the machine has none.",
         "",
         "| case | figure | fastbert | Trainer | training, s | Trainer's, s |",
         "|---|---|---|---|---|---|",
@@ -150,11 +150,10 @@ def percent(runs: Sequence[dict[str, Any]], name: str) -> str:
 
 
 def _seconds(runs: Sequence[dict[str, Any]]) -> str:
-    """The median time; of a run that was stopped for a while (SIGSTOP) it says nothing, and who
-    stopped it marks its result `"paused": true`."""
-    if any(run.get("paused") for run in runs):
-        return "paused"
-    return f"{statistics.median(run['seconds'] for run in runs):,.0f}"
+    """The median time of the runs that have one: that of a run that was stopped for a while
+    (SIGSTOP) says nothing, and who stopped it marks its result `"paused": true`."""
+    times = [run["seconds"] for run in runs if not run.get("paused")]
+    return f"{statistics.median(times):,.0f}" if times else "paused"
 
 
 def _peer_rows(results: Results, install: str | None) -> list[str]:

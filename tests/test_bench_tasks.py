@@ -145,6 +145,11 @@ def test_the_page_says_what_is_not_measured(tmp_path) -> None:
     found["trec"]["trainer"][0]["paused"] = True
     page = task_results.table(found, "small")
     assert f"| trec | accuracy | {mine} | 95.5 | 60 | paused |" in page
+    another = found["trec"]["trainer"][0] | {"seed": 1, "seconds": 75.0, "paused": False}
+    found["trec"]["trainer"].append(another)
+    assert f"| trec | accuracy | {mine} | 95.5 ± 0.0 | 60 | 75 |" in task_results.table(
+        found, "small"
+    )
     # an absent peer shows what would bring it
     missing = task_results.table({}, "small", "no accelerate: pip install 'fastbert[bench]'")
     assert missing.count("| no accelerate: pip install 'fastbert[bench]' |") == 2 * peers
