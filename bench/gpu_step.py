@@ -309,7 +309,9 @@ def _breakdown(every: Callable[[], None]) -> tuple[dict[str, float], dict[str, f
         torch.cuda.synchronize()
     kernels: dict[str, float] = {}
     for event in profile.key_averages():
-        if event.device_type == torch.autograd.DeviceType.CUDA and event.self_device_time_total:
+        on_device = event.device_type == torch.autograd.DeviceType.CUDA
+        # a span that somebody named, such as the optimiser's step, holds kernels that count already
+        if on_device and event.self_device_time_total and not event.is_user_annotation:
             # microseconds over all batches
             kernels[event.key] = event.self_device_time_total / 1000.0 / BATCHES
     kinds: dict[str, float] = {}

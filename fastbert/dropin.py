@@ -226,12 +226,19 @@ def _plan(settings: _ModelSettings, given: dict[str, Any]) -> Packed:
         config, length = settings.config, packed.shape[1]
         positions = max(length, config.max_position_embeddings)
         for kind, theta in settings.pre_norm.thetas.items():
-            cos, sin = (t[:length] for t in _tables(positions, config.head_dim, theta))
-            packed.tables[kind] = cos.to(tokens.device), sin.to(tokens.device)
+            cos, sin = _tables(positions, config.head_dim, theta, tokens.device)
+            packed.tables[kind] = cos[:length], sin[:length]
     return packed
 
 
-_tables = lru_cache(maxsize=8)(rotary_tables)
+@lru_cache(maxsize=16)
+def _tables(
+    positions: int, head_dim: int, theta: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    # training may save what inference has made
+    with torch.inference_mode(False):
+        cos, sin = rotary_tables(positions, head_dim, theta)
+        return cos.to(device), sin.to(device)
 
 
 def _why_stock(settings: _ModelSettings, packed: Packed) -> str | None:

@@ -75,7 +75,7 @@ class Packed:
         cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
         layout = Layout(cu_seqlens, int(cu_seqlens[-1]), shape[1])
         if device.type != "cpu":
-            layout = layout.to(device)
+            layout = layout.to(device, non_blocking=True)
         return cls(layout, rows, shape, device, starts_late, has_holes)
 
     def draws(self, dropout_p: float) -> Rng | None:

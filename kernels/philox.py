@@ -32,6 +32,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from fastbert.kernels.transfer import sent
+
 # the fewest rounds that pass BigCrush; Salmon et al. name 10 as the margin of the cautious
 ROUNDS = 7
 COLUMNS_PER_CALL = 8
@@ -116,9 +118,16 @@ class Rng:
 
     def device_state(self, device: torch.device) -> Tensor:
         """[3] int64 (seed, step, micro_batch) on `device`."""
-        if self.state is not None and self.state.device == device:
+        if self.state is not None and _is_on(self.state, device):
             return self.state
-        return torch.tensor([_signed(self.seed), self.step, self.micro_batch], device=device)
+        numbers = [_signed(self.seed), self.step, self.micro_batch]
+        # in a graph that is being captured a copy would bring the host's memory of then at every
+        # replay: there torch refuses one that is waited for
+        if torch.compiler.is_compiling() or (
+            device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        ):
+            return torch.tensor(numbers, device=device)
+        return sent(torch.tensor(numbers), device, non_blocking=True)
 
     def generator(self) -> torch.Generator:
         """A CPU generator seeded by all five coordinates."""
@@ -323,6 +332,11 @@ def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
     low_part = (constant & 0xFFFF) * word
     high_part = (constant >> 16) * word + (low_part >> 16)
     return high_part >> 16, ((high_part & 0xFFFF) << 16) | (low_part & 0xFFFF)
+
+
+def _is_on(tensor: Tensor, device: torch.device) -> bool:
+    # a device without a number is the current one
+    return tensor.device == device or tensor.device == torch.empty(0, device=device).device
 
 
 def _signed(seed: int) -> int:

@@ -55,9 +55,12 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "max_memory_allocated": 1 << 21,
         "reset_peak_memory_stats": None,
         "empty_cache": None,
+        "is_current_stream_capturing": False,
     }
     for name, value in said.items():
         monkeypatch.setattr(torch.cuda, name, _saying(getattr(torch.cuda, name), value))
+    # page-locked memory is a GPU's
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
     monkeypatch.setattr(triton.testing, "do_bench", _once(triton.testing.do_bench))
     monkeypatch.setattr(torch, "compile", _uncompiled(torch.compile))
     with OnTheCpu():

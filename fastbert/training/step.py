@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert.kernels.ops import Rng, overwrite, sent
@@ -38,7 +39,8 @@ class Inputs:
 
     Attributes:
         batches: one a micro-batch.
-        state: [micro-batches, 3] int64, seed, step and micro-batch of each; None without dropout.
+        state: [micro-batches, 4] int64, seed, step, micro-batch and nothing of each; None without
+            dropout. Rows begin at multiples of 16 bytes: kernels know one alignment, not two.
         numbers: of the micro-batches within the step of all ranks.
         targets: [2] fp32, masked and labelled targets of the whole step, at least 1 each.
     """
@@ -183,7 +185,7 @@ def backward(
             continue
         own = None
         if rng is not None and inputs.state is not None:
-            number, state = inputs.numbers[place], inputs.state[place]
+            number, state = inputs.numbers[place], inputs.state[place, :3]
             own = Rng(rng.seed, rng.step, number, exact=rng.exact, state=state)
         with autocast(inputs.targets.device, dtype):
             output = model(batch, rng=own, targets=Targets(masked, labelled))
@@ -312,7 +314,7 @@ def _result(micro_batches: list[PackedBatch], sums: dict[str, Tensor]) -> StepRe
 def _state(rng: Rng, numbers: range) -> Tensor:
     cpu = torch.device("cpu")
     draws = [Rng(rng.seed, rng.step, number) for number in numbers]
-    return torch.stack([draw.device_state(cpu) for draw in draws])
+    return F.pad(torch.stack([draw.device_state(cpu) for draw in draws]), (0, 1))
 
 
 def _counts(targets: Targets) -> Tensor:

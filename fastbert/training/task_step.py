@@ -106,7 +106,7 @@ def task_backward(
             assert isinstance(batch, TaskBatch)
             own = None
             if rng is not None and inputs.state is not None:
-                number, state = inputs.numbers[place], inputs.state[place]
+                number, state = inputs.numbers[place], inputs.state[place, :3]
                 own = Rng(rng.seed, rng.step, number, exact=rng.exact, state=state)
             with autocast(inputs.targets.device, dtype):
                 outputs = task.forward(model, batch, own)
