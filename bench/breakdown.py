@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -25,16 +26,16 @@ from fastbert.bench.workload import Workload, step_operations
 from fastbert.models import BertForMaskedLM
 
 REPEATS = 3
-# operators by what they do, the first that matches
+# operators, and on a GPU kernels, by what they do, the first that matches
 KINDS = (
     ("optimiser", ("adam", "clip", "foreach", "norm.", "linalg_vector_norm", "_amp")),
     ("loss", ("log_softmax", "nll", "cross_entropy", "logsumexp")),
     ("attention", ("attention", "sdpa", "softmax", "flash")),
-    ("matrix products", ("mm", "matmul", "linear", "mkldnn", "onednn", "dot")),
-    ("GELU and norms", ("gelu", "layer_norm", "native_norm", "var_mean", "erf")),
+    ("matrix products", ("mm", "matmul", "linear", "mkldnn", "onednn", "dot", "nvjet")),
+    ("GELU and norms", ("gelu", "layer_norm", "native_norm", "var_mean", "erf", "activation")),
     ("copies and casts", ("copy", "_to_", "::to", "contiguous", "clone", "cat", "fill", "zero",
                           "empty", "detach", "view", "transpose", "index", "embedding", "gather",
-                          "scatter", "slice", "select", "resize")),
+                          "scatter", "slice", "select", "resize", "memcpy", "memset")),
 )  # fmt: skip
 OTHER = "other"
 
@@ -55,7 +56,7 @@ def shares(step: Step, device: torch.device) -> dict[str, float]:
         step()
     spent: dict[str, float] = {}
     for event in profile.key_averages():
-        own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        own = on_device_us(event) if device.type == "cuda" else event.self_cpu_time_total
         # what records, and the gaps between operators, is not the step's work
         if own and not event.key.startswith(("ProfilerStep", "[", "cuda")):
             kind = kind_of(event.key)
@@ -63,6 +64,12 @@ def shares(step: Step, device: torch.device) -> dict[str, float]:
     total = sum(spent.values())
     order = [*(kind for kind, _ in KINDS), OTHER]
     return {kind: spent[kind] / total for kind in order if spent.get(kind)}
+
+
+def on_device_us(event: Any) -> float:
+    """Microseconds of a kernel; none of what launched it, nor of a span that somebody named."""
+    is_kernel = event.device_type == torch.autograd.DeviceType.CUDA
+    return float(event.self_device_time_total) if is_kernel and not event.is_user_annotation else 0
 
 
 def spent_ms(step: Step, device: torch.device) -> dict[str, float]:

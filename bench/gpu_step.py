@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import gc
 import itertools
 import json
 import time
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.bench import gpu, machine, peers
+from fastbert.bench.breakdown import on_device_us
 from fastbert.bench.machine import file_name
 from fastbert.bench.step_sides import BETAS, CLIP_NORM, EPS, LEARNING_RATE, WEIGHT_DECAY
 from fastbert.bench.timing import interleaved_ms, spread
@@ -166,6 +168,8 @@ def measure(case: _Case, program: str, rounds: int, deadline: float) -> None:
         _time(row, PROGRAMS[program](case), rounds, case)
     except Exception as error:  # a program that breaks is told, and costs no other row
         row.failed = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    # a model that lies in a cycle would leave the next one less room
+    gc.collect()
     torch.cuda.empty_cache()
     print(f"measured {row.size}, {program}", flush=True)
 
@@ -309,11 +313,10 @@ def _breakdown(every: Callable[[], None]) -> tuple[dict[str, float], dict[str, f
         torch.cuda.synchronize()
     kernels: dict[str, float] = {}
     for event in profile.key_averages():
-        on_device = event.device_type == torch.autograd.DeviceType.CUDA
-        # a span that somebody named, such as the optimiser's step, holds kernels that count already
-        if on_device and event.self_device_time_total and not event.is_user_annotation:
-            # microseconds over all batches
-            kernels[event.key] = event.self_device_time_total / 1000.0 / BATCHES
+        taken = on_device_us(event)
+        if taken:
+            # over all batches
+            kernels[event.key] = taken / 1000.0 / BATCHES
     kinds: dict[str, float] = {}
     for name, ms in kernels.items():
         kinds[kind_of(name)] = kinds.get(kind_of(name), 0.0) + ms

@@ -115,7 +115,15 @@ class RotaryTables(nn.Module):
 
     def forward(self, kind: str) -> tuple[Tensor, Tensor]:
         """Cosines and sines of a layer type."""
-        return getattr(self, f"cos_{kind}").float(), getattr(self, f"sin_{kind}").float()
+        return getattr(self, f"cos_{kind}"), getattr(self, f"sin_{kind}")
+
+    def _apply(self, change: Any, recurse: bool = True) -> RotaryTables:
+        tables = dict(self.named_buffers())
+        super()._apply(change, recurse)
+        for name, moved in dict(self.named_buffers()).items():
+            if moved.dtype != torch.float32:
+                setattr(self, name, tables[name].to(moved.device))
+        return self
 
 
 class TokenEmbeddings(nn.Module):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -46,3 +47,13 @@ def by(backend: str, operator: Callable[..., Any], **constants: Any) -> Callable
 def normal(generator: torch.Generator, *shape: int) -> Tensor:
     """Standard normal numbers in fp64."""
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+@contextlib.contextmanager
+def never_waiting() -> Iterator[None]:
+    """Inside, whatever makes the host wait for a GPU raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -98,6 +101,26 @@ def test_attention_by_sequence_is_attention():
     ours = ops.fused_qkv_attention(qkv, batch.cu_seqlens)
     theirs = ablation.attention_by_sequence(qkv, batch.cu_seqlens)
     assert (ours - theirs).abs().max() <= 8 * torch.finfo(torch.float64).eps
+
+
+def test_on_a_gpu_kernels_count_once(monkeypatch):
+    """Neither operators that launched them nor named spans around them count too."""
+    kinds = torch.autograd.DeviceType
+    events = [
+        types.SimpleNamespace(
+            key=key, device_type=kind, self_device_time_total=time_us, is_user_annotation=named
+        )
+        for key, kind, time_us, named in (
+            ("aten::mm", kinds.CPU, 30.0, False),
+            ("nvjet_tst_128x256", kinds.CUDA, 30.0, False),
+            ("_layer_norm_fwd_kernel", kinds.CUDA, 10.0, False),
+            ("Optimizer.step#AdamW.step", kinds.CUDA, 40.0, True),
+        )
+    ]
+    profile = contextlib.nullcontext(types.SimpleNamespace(key_averages=lambda: events))
+    monkeypatch.setattr(torch.profiler, "profile", lambda **options: profile)
+    found = breakdown.shares(lambda: None, torch.device("cuda"))
+    assert found == {"matrix products": 0.75, "GELU and norms": 0.25}
 
 
 def test_breakdown(monkeypatch, tmp_path):

@@ -28,7 +28,7 @@ from fastbert.config import EncoderConfig
 from fastbert.errors import InputError
 from fastbert.families import FAMILIES, head_of
 from fastbert.models import BertForMaskedLM, BertForPreTraining, BertModel
-from fastbert.pre_norm import PreNormSettings
+from fastbert.pre_norm import PreNormSettings, RotaryTables
 
 OTHERS = [family for family in FAMILIES if family != "bert"]
 
@@ -221,6 +221,16 @@ def test_the_table_takes_tests_that_passed():
     assert outcomes.passed == {("xlm-roberta", "BertModel", "own")}
     table = support_table.table(outcomes.passed, ["bert", "xlm-roberta"], ["BertModel"])
     assert table.splitlines()[2:] == ["| bert | - |", "| xlm-roberta | own |"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_rotary_angles_stay_in_fp32_whatever_the_model_becomes(dtype):
+    config = EncoderConfig(model_type="modernbert", num_hidden_layers=1)
+    tables = RotaryTables(config, PreNormSettings.of(config))
+    cos, sin = tables("full_attention")
+    after = tables.to(dtype)("full_attention")
+    assert torch.equal(after[0], cos) and torch.equal(after[1], sin)
+    assert after[0].dtype == after[1].dtype == torch.float32
 
 
 def test_modernbert_s_fields_by_default_and_of_old_files():

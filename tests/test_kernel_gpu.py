@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from kernel_harness import never_waiting
 from oracle import check_operator
 from tiny import random_corpus, tiny_tokenizer
 
@@ -90,16 +91,6 @@ def test_repeats_never_differ():
     for _ in range(REPEATS):
         again = step(tensors, rng)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-
-
-@contextlib.contextmanager
-def never_waiting():
-    """Inside, whatever makes the host wait for the device raises."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def trained(name: str, dtype: torch.dtype, *, captured: bool, steps: int) -> dict:

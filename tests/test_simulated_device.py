@@ -8,59 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from device_cases import FAMILY_FIELDS, GPU, HEADS, batch_of, config, of, trained
 from simulated_device import SimulatedDevice
 from simulated_device import simulated_device as simulated_device
-from tiny import tiny_config, tiny_examples
 
 from fastbert import models
 from fastbert.families import FAMILIES
 from fastbert.kernels import layout, philox
 from fastbert.kernels.ops import Rng
-from fastbert.models import BertForPreTraining, Model
-from fastbert.packing import Capacity, PackedBatch
-from fastbert.training.detection import ReplacedTokenPretraining, discriminator_config
-from fastbert.training.loss_scale import LossScale
-from fastbert.training.optimizer import OPTIMIZERS, Optimizers
-from fastbert.training.step import TrainingStep
+from fastbert.models import BertForPreTraining
+from fastbert.training.optimizer import OPTIMIZERS
 from fastbert.training.weight_average import WeightAverage
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU to ask")
-
-GPU = torch.device("cuda")
-FAMILY_FIELDS: dict[str, dict[str, Any]] = {
-    "albert": {"embedding_size": 40},
-    "electra": {"embedding_size": 40},
-    "modernbert": {"extra": {"local_attention": 6}},
-}
-
-
-def config(**fields: Any) -> Any:
-    # heads of a width that kernels take
-    return tiny_config(**{"hidden_size": 96, **fields})
-
-
-def batch_of(seed: int = 0, lengths: tuple[int, ...] = (17, 9, 30), **fields: Any) -> PackedBatch:
-    examples = tiny_examples(lengths, seed=seed, **fields)
-    batch = examples.batch(range(len(lengths)), Capacity(96, 6, 16))
-    batch.max_seqlen, batch.sample_ids = 64, torch.arange(6)
-    return batch
-
-
-def of_sequences(**fields: Any) -> PackedBatch:
-    return dataclasses.replace(batch_of(masked=False), **fields)
-
-
-def with_spans() -> PackedBatch:
-    return dataclasses.replace(batch_of(masked=False, spans=True), sequence_labels=None)
-
-
-def trained(model: torch.nn.Module, name: str = "adamw", dtype: torch.dtype = torch.bfloat16):
-    """Takes steps on the device; a step of which the host waits for nothing."""
-    model = model.to(GPU)
-    optimizers = Optimizers(model, name, learning_rate=1e-3, muon_learning_rate=1e-3)
-    if dtype == torch.float16:
-        optimizers.loss_scale = LossScale(GPU)
-    return TrainingStep(model, optimizers, dtype, 1.0)
 
 
 def never_waiting(device: SimulatedDevice, call: Callable[[], Any]) -> None:
@@ -139,55 +99,13 @@ def test_families(simulated_device: SimulatedDevice, family, recompute):
     never_waiting(simulated_device, lambda: step([batch_of()], Rng(3, 1), 1.0))
 
 
-HEADS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], PackedBatch]]] = {
-    "pre-training": (lambda: of("BertForPreTraining"), batch_of),
-    "tokens": (lambda: of("BertForTokenClassification"), batch_of),
-    "pairs": (lambda: of("BertForNextSentencePrediction"), of_sequences),
-    "sequences": (lambda: of("BertForSequenceClassification"), of_sequences),
-    "mean of tokens": (
-        lambda: of(
-            "BertForSequenceClassification",
-            model_type="modernbert",
-            extra={"classifier_pooling": "mean"},
-        ),
-        of_sequences,
-    ),
-    "many labels": (
-        lambda: of("BertForSequenceClassification"),
-        lambda: of_sequences(sequence_labels=torch.rand(6, 3)),
-    ),
-    "numbers": (
-        lambda: of("BertForSequenceClassification", labels=["score"]),
-        lambda: of_sequences(sequence_labels=torch.rand(6)),
-    ),
-    "spans": (lambda: of("BertForQuestionAnswering"), with_spans),
-    "choices": (
-        lambda: of("BertForMultipleChoice"),
-        lambda: of_sequences(num_choices=2, sequence_labels=torch.tensor([0, -100] * 3)),
-    ),
-    "replaced tokens": (
-        lambda: of("BertForReplacedTokenDetection", model_type="electra"),
-        batch_of,
-    ),
-    "generator and discriminator": (
-        lambda: ReplacedTokenPretraining(discriminator_config(config(hidden_size=192)), 0.33, 0),
-        lambda: dataclasses.replace(batch_of(), num_labelled=56),
-    ),
-}
-
-
-def of(name: str, **fields: Any) -> Model:
-    made: Model = getattr(models, name).from_config(config(**fields))
-    return made
-
-
 @pytest.mark.parametrize("head", HEADS)
 def test_heads(simulated_device: SimulatedDevice, head):
     make, batch = HEADS[head]
     step = trained(make())
-    never_waiting(simulated_device, lambda: step([batch()], Rng(3, 1), 1.0))
+    never_waiting(simulated_device, lambda: step([batch(0)], Rng(3, 1), 1.0))
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
-        sent = batch().to(GPU)
+        sent = batch(0).to(GPU)
         never_waiting(simulated_device, lambda: step.model(sent))
 
 

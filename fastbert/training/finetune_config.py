@@ -138,7 +138,7 @@ class FinetuneConfig:
             raise InputError("--patience needs evaluations between: --evaluate-epochs is 0")
         compute_dtype(self.dtype, torch.device("cpu"))
         if self.cuda_graph:
-            refuse_graph(self.optimizer, default_device())
+            refuse_graph(default_device())
             if self.adversarial:
                 raise InputError(
                     "--adversarial: a step of two passes is not captured (--cuda-graph)"

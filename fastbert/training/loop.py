@@ -32,7 +32,7 @@ from fastbert.packing import PackedBatch
 from fastbert.training.loss_scale import LossScale
 from fastbert.training.meter import Meter
 from fastbert.training.operations import training_operations
-from fastbert.training.optimizer import Optimizers, refuse_capture
+from fastbert.training.optimizer import Optimizers
 from fastbert.training.parallel import Ranks
 from fastbert.training.schedule import SCHEDULES, Budget, learning_rate_factor
 from fastbert.training.sharded_state import save_run
@@ -194,7 +194,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return _TORCH_DTYPES[name]
 
 
-def refuse_graph(optimizer: str, device: torch.device, processes: int = 1) -> None:
+def refuse_graph(device: torch.device, processes: int = 1) -> None:
     """Raise InputError where --cuda-graph cannot be had; for the start of a run."""
     if processes > 1:
         raise InputError(
@@ -203,7 +203,6 @@ def refuse_graph(optimizer: str, device: torch.device, processes: int = 1) -> No
         )
     if device.type != "cuda":
         raise InputError(f"--cuda-graph: needs a CUDA or HIP device, this run is on {device.type}")
-    refuse_capture(optimizer)
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -17,8 +17,6 @@ from fastbert.training.stable_adamw import StableAdamW
 from fastbert.training.weight_average import WeightAverage
 
 OPTIMIZERS = ("adamw", "muon", "lamb", "stable-adamw")
-# those whose step never asks the device: a CUDA graph can hold it
-CAPTURABLE = ("adamw", "muon")
 _LOSS_SCALE, _AVERAGE = "loss_scale", "average:"
 # an embedding's rows and a classifier's outputs are no map between hidden states
 _NOT_HIDDEN = (
@@ -234,15 +232,6 @@ class Optimizers:
         covered = [p for optimizer in self.optimizers for p in _parameters(optimizer)]
         assert len(covered) == len(set(covered)), "a parameter is in two groups"
         assert set(covered) == set(model.parameters()), "a parameter is in no group"
-
-
-def refuse_capture(name: str) -> None:
-    """Raise InputError for an optimiser whose step no CUDA graph can hold."""
-    if name not in CAPTURABLE:
-        raise InputError(
-            f"--cuda-graph: --optimizer {name} asks the device within a step; take one of "
-            f"{', '.join(CAPTURABLE)}"
-        )
 
 
 def _for_vectors(

@@ -73,7 +73,7 @@ def pretrain(
     config.stream(torch.device("cpu"))
     parse_trackers(config.log_to)
     if config.cuda_graph:
-        refuse_graph(config.optimizer, default_device(), processes_started())
+        refuse_graph(default_device(), processes_started())
     ranks = Ranks.from_environment(default_device(), sharded=config.parallel == "fsdp")
     if not ranks.first:
         say = _silent
