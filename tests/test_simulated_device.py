@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -17,6 +17,19 @@ from fastbert.families import FAMILIES
 from fastbert.kernels import layout, philox
 from fastbert.kernels.ops import Rng
 from fastbert.models import BertForPreTraining
+from fastbert.task_heads import RelationHead, TransitionScores
+from fastbert.tasks.embed import in_batch_loss
+from fastbert.tasks.losses import (
+    Loss,
+    Shaping,
+    binary_loss,
+    choice_loss,
+    class_loss,
+    pool_units,
+    squared_loss,
+)
+from fastbert.tasks.tagging import path_loss
+from fastbert.tasks.units import TaskBatch
 from fastbert.training.optimizer import OPTIMIZERS
 from fastbert.training.weight_average import WeightAverage
 
@@ -209,9 +222,64 @@ def test_a_tensor_left_on_the_host_is_found(simulated_device: SimulatedDevice, m
         layout, "_plan_tiles", lambda bounds, capacity, block: torch.zeros(9, dtype=torch.int32)
     )
     model = of("BertForMaskedLM").to(GPU)
-    on_device = dataclasses.replace(batch_of().to(GPU))
+    on_device = replace(batch_of().to(GPU))
     with pytest.raises(AssertionError, match="tiles_ptr is on the CPU"):
         model(on_device)
     monkeypatch.setattr(philox.Rng, "device_state", lambda rng, device: torch.zeros(3).long())
     with pytest.raises(AssertionError, match="_words_kernel: words_ptr is on the CPU"):
         model(on_device, rng=Rng(1))
+
+
+CU_UNITS = torch.tensor([0, 2, 4, 6])
+CHOSEN = torch.tensor([0, 1, 1])
+EVEN = Shaping(None, 0.1)
+# of logits [6, 3], and of what else lies on the device
+TASK_LOSSES: dict[str, Callable[[torch.Tensor, Callable[[Any], Any]], Loss]] = {
+    "classes": lambda logits, sent: class_loss(
+        logits, sent(torch.tensor([0, 2, -100, 1, 1, 0])), Shaping(sent(torch.ones(3)), 0.1)
+    ),
+    "labels": lambda logits, sent: binary_loss(logits, sent(torch.ones(6, 3)), EVEN),
+    "numbers": lambda logits, sent: squared_loss(logits[:, 0], sent(torch.ones(6)), 0.5),
+    "means of units": lambda logits, sent: class_loss(
+        pool_units(logits, sent(CU_UNITS), "mean"), sent(CHOSEN), EVEN
+    ),
+    "greatest of units": lambda logits, sent: class_loss(
+        pool_units(logits, sent(CU_UNITS), "max"), sent(CHOSEN), EVEN
+    ),
+    "choices": lambda logits, sent: choice_loss(logits[:, 0], sent(CU_UNITS), sent(CHOSEN), EVEN),
+    "pairs in a batch": lambda logits, sent: in_batch_loss(logits, sent(CU_UNITS), 20.0, EVEN),
+    "paths": lambda logits, sent: path_loss(
+        logits.repeat(16, 1), sent(tagged()), sent(TransitionScores(3))
+    ),
+    "relations": lambda logits, sent: class_loss(
+        sent(RelationHead(config(), 3))(
+            logits.repeat(1, 32), sent(torch.tensor([[0, 1], [2, 5]])), Rng(1).on(GPU)
+        ),
+        sent(CHOSEN[:2]),
+        EVEN,
+    ),
+}
+
+
+def tagged() -> TaskBatch:
+    packed = batch_of()
+    batch = TaskBatch(**{field.name: getattr(packed, field.name) for field in fields(packed)})
+    batch.token_labels = torch.arange(96) % 4
+    batch.token_labels[batch.token_labels == 3] = -100
+    return batch
+
+
+@pytest.mark.parametrize("loss", TASK_LOSSES)
+def test_losses_of_tasks(simulated_device: SimulatedDevice, loss):
+    def sent(what: Any) -> Any:
+        if isinstance(what, torch.Tensor):
+            return what.pin_memory().to(GPU, non_blocking=True)
+        # sent before: in training modules and batches are
+        before = list(simulated_device.waits)
+        what = what.to(GPU)
+        simulated_device.waits[:] = before
+        return what
+
+    logits = sent(torch.randn(6, 3)).requires_grad_()
+    never_waiting(simulated_device, lambda: TASK_LOSSES[loss](logits, sent).total.backward())
+    assert logits.grad is not None and logits.grad.is_cuda
