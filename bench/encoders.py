@@ -45,7 +45,7 @@ def ours(folder: str, dtype: str, device: torch.device) -> Encode:
     compute = DTYPES.get(dtype, torch.float32)
 
     def encode(texts: Sequence[str]) -> np.ndarray:
-        units = saved.build(task.rows_of(texts, "texts"))
+        units = saved.build(task.rows_of(texts, texts))
         vectors = saved.run(units, dtype=compute).sequences
         assert vectors is not None
         return vectors

@@ -120,6 +120,9 @@ def test_one_class_is_none() -> None:
 
 def test_a_column_of_numbers_of_rows_is_no_class() -> None:
     with pytest.raises(InputError, match=r"30 different labels in 40 rows .* --label-column"):
+        Classify().fit([Row("river", label) for label in [*map(str, range(30)), *["0"] * 10]])
+    # other tasks have no such flag
+    with pytest.raises(InputError, match=r"30 different labels in 40 rows are no classes$"):
         label_set([*map(str, range(30)), *["0"] * 10])
 
 

@@ -12,6 +12,7 @@ from fastbert.errors import InputError
 from fastbert.metrics.entities import entities
 from fastbert.task_heads import TransitionScores
 from fastbert.tasks.conll import Sentence, read_tagged, split_words
+from fastbert.tasks.inference import Raw
 from fastbert.tasks.tag import Tag
 from fastbert.tasks.tagging import allowed_transitions, best_path, predicted_tags, word_units
 
@@ -207,3 +208,33 @@ def test_public_data_sets(data, name, sentences, words, scheme) -> None:
     rows = task.read(str(data / name), lambda _: None)
     assert len(rows) == sentences and sum(len(row.words) for row in rows) == words
     assert task.scheme == scheme
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        # accents on their own, as macOS writes them
+        ("cafe\u0301 Dvor\u030ca\u0301k!", ("cafe\u0301", "Dvor\u030ca\u0301k", "!")),
+        # vowel signs, a joiner, and a soft hyphen
+        ("हिन्दी है", ("हिन्दी", "है")),
+        ("\u0645\u06cc\u200c\u062e co\u00adop", ("\u0645\u06cc\u200c\u062e", "co\u00adop")),
+        ("❤\ufe0f👩\u200d🚀 ok", ("❤", "\ufe0f", "👩", "\u200d", "🚀", "ok")),
+        ("中\u0301文", ("中", "\u0301", "文")),
+    ],
+)
+def test_marks_belong_to_the_letter_before_them(text, words) -> None:
+    found, offsets = split_words(text)
+    assert found == words
+    assert [text[start:end] for start, end in offsets] == list(words)
+
+
+def test_tags_are_answered_with_their_words() -> None:
+    task = Tag()
+    task.labels, task.max_seq_len = ["NOUN", "VERB"], 20
+    rows = task.rows_of(["the river's stone", ["a", "b"]], ["x:1", "x:2"])
+    units = task.build(rows, tiny_tokenizer())
+    raw = Raw(tokens=[np.zeros((len(ids), 2), dtype=np.float32) for ids in units.input_ids])
+    one, two = task.answers(rows, units, raw)
+    assert one["text"] == "the river's stone" and one["words"] == ["the", "river's", "stone"]
+    assert two["words"] == ["a", "b"] and "text" not in two
+    assert [len(answer["tags"]) for answer in (one, two)] == [3, 2]

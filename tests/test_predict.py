@@ -152,3 +152,40 @@ def test_lines_of_text_may_be_answered_by_objects(tmp_path) -> None:
     out = io.StringIO()
     predict(tmp_path, [str(tmp_path / "a.txt")], as_json=True, out=out)
     assert json.loads(out.getvalue())["text"] == "river"
+
+
+def test_a_bad_line_is_told_by_its_own_number(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(predict_module, "LINES_AT_ONCE", 2)
+    save(tmp_path / "model")
+    asked = tmp_path / "asked.jsonl"
+    good = '{"text": "river"}\n'
+    asked.write_text(f'\n{good}\n{good}{good}{{"words": 1}}\n')
+    with pytest.raises(InputError, match=r"asked.jsonl:6: no field 'text'; there are 'words'"):
+        predict(tmp_path, [str(asked)], out=io.StringIO())
+
+
+def columns_of(folder, **columns) -> None:
+    """Say in the model's folder which columns it was trained on."""
+    path = folder / "task.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **columns}))
+
+
+def test_rows_like_those_of_the_training_file_are_understood(tmp_path) -> None:
+    save(tmp_path / "one")
+    columns_of(tmp_path / "one", text_column="review", pair_column="")
+    one = Saved.from_pretrained(tmp_path / "one")
+    [plain] = one.ask(["river stone"])
+    # whatever else stands in the row
+    rows = [{"review": "river stone", "text": "winter"}, {"review": "river stone", "second": "b"}]
+    for answer in one.ask(rows):
+        assert answer == plain
+    assert one.ask([{"text": "river stone"}]) == [plain]
+    save(tmp_path / "two", pair=True)
+    columns_of(tmp_path / "two", text_column="question", pair_column="sentence")
+    two = Saved.from_pretrained(tmp_path / "two")
+    expected = two.ask([("river", "stone"), ("river", "")])
+    rows = [{"sentence": "stone", "question": "river"}, {"question": "river", "sentence": None}]
+    assert two.ask(rows) == expected
+    assert two.ask([{"text": "river", "second": "stone"}]) == expected[:1]
+    with pytest.raises(InputError, match="inputs:1: this model was trained on two texts a row"):
+        two.ask([{"question": "river"}])

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 from tiny import tiny_tokenizer
 
+from fastbert.config import EncoderConfig
 from fastbert.errors import InputError
 from fastbert.tasks.answer import Answer, Window, best_span
 from fastbert.tasks.choose import Choices, Choose, choices_of
+from fastbert.tasks.conll import Sentence, read_tagged
 from fastbert.tasks.embed import Embed, nearest
 from fastbert.tasks.groups import Group, read_groups
 from fastbert.tasks.inference import Raw
 from fastbert.tasks.intent import Intent
-from fastbert.tasks.records import FileFormat
+from fastbert.tasks.records import FileFormat, read_records
+from fastbert.tasks.registry import make_task
 from fastbert.tasks.relation import Relation, with_markers
 from fastbert.tasks.rerank import Rerank
 from fastbert.tasks.semeval import Marked, read_marked, unmark
@@ -292,6 +295,14 @@ def test_three_files_that_do_not_fit(tmp_path) -> None:
         ({"question": "q", "choices": ["x", "y"], "label": "y"}, Choices("q", ("x", "y"), 1)),
         ({"sent1": "q", "ending0": "x", "ending1": "y", "label": "0"}, Choices("q", ("x", "y"), 0)),
         ({"premise": "q", "choice1": "x", "choice2": "y"}, Choices("q", ("x", "y"))),
+        (
+            {"premise": "p", "question": "cause", "choice1": "x", "choice2": "y"},
+            Choices("p cause", ("x", "y")),
+        ),
+        (
+            {"sent1": "a", "sent2": "b", "ending0": "x", "ending1": "y"},
+            Choices("a b", ("x", "y")),
+        ),
         ({"question": "q", "context": "c", "options": ["x", "y"]}, Choices("c q", ("x", "y"))),
     ],
 )
@@ -363,9 +374,23 @@ def test_a_collection_is_scored_by_its_judgements(tmp_path) -> None:
     assert task.score(rows, units, Raw(sequences=vectors)).figures["mrr_at_10"] == 0.5
     with pytest.raises(InputError, match="a collection is to score on"):
         task.fit(rows)
+    write(folder / "qrels.tsv", "q\ta\t1\nq\tz\t1\np\ta\t1\n")
+    remarks = task.read(str(folder), quiet).remarks
+    assert remarks.endswith("3 judgements, 2 of them of a query or document that is not there")
     write(folder / "qrels.tsv", "q\ta\t0\n")
     with pytest.raises(InputError, match="no query has a relevant document"):
         task.read(str(folder), quiet)
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl"])
+def test_a_collection_with_an_id_twice(tmp_path, name) -> None:
+    folder = collection(tmp_path / "c")
+    path = folder / name
+    again = path.read_text().splitlines()[0]
+    write(path, f"{path.read_text().rstrip()}\n\n{again}\n")
+    # found twice, a document would be scored twice
+    with pytest.raises(InputError, match=rf"{name}:\d: the id '[qa]' was there before"):
+        Embed().read(str(folder), quiet)
 
 
 def test_the_nearest_come_first() -> None:
@@ -389,8 +414,13 @@ def test_passages_in_rows_and_in_lists(tmp_path) -> None:
         Rerank().check(rows[1:])
     with pytest.raises(InputError, match="every passage is relevant"):
         Rerank().fit(rows[:1])
-    with pytest.raises(InputError, match=r"the label must be a number, .* got 'yes'"):
-        Rerank().read(str(write(tmp_path / "d.tsv", "query\tpassage\tlabel\nq\tp\tyes\n")), quiet)
+    for label in ("yes", "nan", "inf"):
+        path = write(tmp_path / "d.tsv", f"query\tpassage\tlabel\nq\tp\t{label}\n")
+        with pytest.raises(InputError, match=rf"the label must be a number, .* got '{label}'"):
+            Rerank().read(str(path), quiet)
+    path = write(tmp_path / "e.tsv", "query\tpassage\tgrade\tlabel\nq\tp\t2\tno\n")
+    [row] = Rerank(label_column="grade").read(str(path), quiet)
+    assert row.label == "2"
 
 
 def test_scores_that_are_none(tmp_path) -> None:
@@ -410,3 +440,103 @@ def test_sts_benchmark_is_read_whole(data) -> None:
     assert len(Similarity().read(str(folder / "train.tsv"), quiet)) == 5749
     names = "genre,file,year,id,score,sentence1,sentence2"
     assert len(Similarity(columns=names).read(str(folder / "sts-test.tsv"), quiet)) == 1379
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"text": "Ada", "answer_start": 0},
+        {"text": None, "answer_start": None},
+        ["Ada"],
+        "Ada",
+        3,
+    ],
+)
+def test_answers_in_another_form_are_no_silence(tmp_path, given) -> None:
+    row = {"question": "Who?", "context": "Ada met Bob.", "answers": given}
+    path = write(tmp_path / "a.jsonl", json.dumps({**ADA, **row, "answers": []}) + "\n")
+    assert read_questions(path)[0][0].answers == ()
+    write(path, "\n" + json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=r"a.jsonl:2: answers must be a list of dictionaries"):
+        read_questions(path)
+
+
+def test_questions_to_train_on_have_answers(tmp_path) -> None:
+    rows = [{"question": "Who?", "context": "Ada met Bob.", **more} for more in (ADA, {})]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    found, _ = read_questions(path)
+    with pytest.raises(InputError, match="here:2: no field 'answers'"):
+        Answer().fit(found, "here")
+
+
+def test_a_context_without_a_token_is_answered_in_json() -> None:
+    task = Answer()
+    task.may_be_unanswered, task.max_seq_len = True, 20
+    rows = task.rows_of([("river?", ""), ("river?", "the stone")], ["f:3", "f:4"])
+    units = task.build(rows, tiny_tokenizer())
+    raw = Raw(tokens=[np.zeros((len(ids), 2), dtype=np.float32) for ids in units.input_ids])
+    silent, found = task.answers(rows, units, raw)
+    assert json.loads(json.dumps([silent, found], allow_nan=False))[0]["answer"] == ""
+    assert (silent["id"], found["id"]) == ("3", "4") and found["no_answer_margin"] == 0.0
+
+
+def test_intents_that_training_has_not_seen_are_missed() -> None:
+    task = Intent()
+    task.fit(
+        [Sentence(("river",), (tag,), intent=name) for tag, name in (("B-x", "A"), ("O", "B"))]
+    )
+    rows = [Sentence(("river",), ("O",), intent="C")]
+    task.max_seq_len = 20
+    units = task.build(rows, tiny_tokenizer())
+    [ids] = units.input_ids
+    tokens = [np.zeros((len(ids), 2), dtype=np.float32)]
+    scores = task.score(rows, units, Raw(np.zeros((1, 2), dtype=np.float32), tokens))
+    assert scores.figures["intent_accuracy"] == scores.figures["exact"] == 0.0
+    assert scores.confusion is None
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"),
+    [
+        ("klingon", "--encoding: Python knows no encoding 'klingon'"),
+        ("base64", "--encoding: Python knows no encoding 'base64'"),
+        ("utf-16", "--encoding utf-16: is read only where ASCII stays ASCII"),
+        ("cp037", "--encoding cp037: is read only where ASCII stays ASCII"),
+    ],
+)
+def test_encodings_that_cannot_be_read(tmp_path, encoding, message) -> None:
+    for name, read in (
+        ("a.conll", lambda path: read_tagged(path, encoding)),
+        ("a.json", lambda path: read_questions(path, encoding)),
+        ("a.txt", lambda path: read_marked(path, encoding)),
+        ("a.tsv", lambda path: read_records(path, FileFormat(encoding))),
+    ):
+        with pytest.raises(InputError, match=message):
+            read(write(tmp_path / name, "a\tb\n"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "gb18030", "big5", "shift_jis"])
+def test_encodings_that_keep_ascii(tmp_path, encoding) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_bytes("text\tlabel\n日本 a\tx\n".encode(encoding))
+    [record] = read_records(path, FileFormat(encoding)).rows
+    assert record.fields == {"text": "日本 a", "label": "x"}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("choose", {"first_label": 1}),
+        ("classify", {"columns": "label,text", "quoting": "none"}),
+        ("similarity", {"columns": "text_a,text_b,score", "quoting": "csv"}),
+        ("rerank", {"columns": "a,b,c", "label_column": "c"}),
+    ],
+)
+def test_other_files_are_read_as_the_training_file(name, options) -> None:
+    facts = json.loads(json.dumps(make_task(name, **options).facts()))
+    again = make_task(name)
+    again.restore(facts, EncoderConfig(labels=["score"]), "task.json")
+    assert {field: getattr(again, field) for field in options} == options
+    if name != "choose":
+        with pytest.raises(InputError, match=r"task.json: columns must be text, got 3"):
+            again.restore({**facts, "columns": 3}, EncoderConfig(labels=["score"]), "task.json")

@@ -83,7 +83,7 @@ def test_several_models_answer_by_their_mean(tmp_path) -> None:
     (tmp_path / "ensemble.json").write_text('{"members": ["seed-0", "seed-1"]}')
     assert [folder.parent.name for folder in members(tmp_path)] == ["seed-0", "seed-1"]
     both = Saved.from_pretrained(tmp_path)
-    rows = both.task.rows_of(["river stone", "winter"], "inputs")
+    rows = both.task.rows_of(["river stone", "winter"], ["a:1", "a:2"])
     units = both.build(rows)
     one, two = (
         Saved.from_pretrained(tmp_path / f"seed-{number}").run(units).sequences

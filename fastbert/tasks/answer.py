@@ -99,14 +99,16 @@ class Answer(Task):
         return rows
 
     def fit(self, rows: Sequence[Question], where: str = "training rows") -> None:
+        self.check(rows, where)
         self.may_be_unanswered = any(not row.answers for row in rows)
         if not any(row.answers for row in rows):
             raise InputError(f"{where}: no question has an answer")
 
     def check(self, rows: Sequence[Question], where: str = "evaluation rows") -> None:
-        missing = [row for row in rows if not row.labelled]
-        if missing:
-            raise InputError(f"{where}: question {missing[0].id}: no field 'answers'")
+        bare = next((row for row in rows if not row.labelled), None)
+        if bare is not None:
+            place = f"{where}:{bare.line}" if bare.line else f"{where}: question {bare.id}"
+            raise InputError(f"{place}: no field 'answers'")
 
     def load(
         self, folder: Path, *, dropout: float | None = None, seed: int = 0
@@ -219,7 +221,8 @@ class Answer(Task):
             answer: dict[str, Any] = {"id": row.id, "question": row.question, "answer": text}
             if not silent:
                 answer |= {"start": one.start, "end": one.end, "score": round(one.score, 4)}
-            if self.may_be_unanswered:
+            # a context without a token has no answer to compare with
+            if self.may_be_unanswered and np.isfinite(one.margin):
                 answer["no_answer_margin"] = round(one.margin, 4)
             if row.labelled:
                 answer["true_answers"] = list(row.answers)
@@ -242,12 +245,13 @@ class Answer(Task):
     def from_line(self, text: str, where: str) -> Any:
         return split_pair(text, where, "question and context are wanted")
 
-    def rows_of(self, inputs: Sequence[Any], where: str) -> list[Question]:
+    def rows_of(self, inputs: Sequence[Any], places: Sequence[str]) -> list[Question]:
         rows = []
-        for number, given in enumerate(inputs, 1):
+        for given, place in zip(inputs, places, strict=True):
             if isinstance(given, list | tuple) and len(given) == 2:
                 given = {"question": str(given[0]), "context": str(given[1])}
-            rows.append(question(f"{where}:{number}", given, str(number)))
+            # its number is its id where it has no other
+            rows.append(question(place, given, place.rpartition(":")[2]))
         return rows
 
     def show(self, row: Question) -> str:

@@ -27,8 +27,8 @@ from fastbert.tasks.task import Outputs, Raw, Say, Scores, Task, option
 from fastbert.tasks.units import TaskBatch, Units
 from fastbert.tokenizer import Tokenizer
 
-_QUESTIONS = ("question", "prompt", "sent1", "ctx", "premise", "text")
-_CONTEXTS = ("context", "passage", "article")
+_QUESTIONS = ("question", "prompt", "sent2", "ctx", "sent1", "premise", "text")
+_CONTEXTS = ("context", "passage", "article", "premise", "sent1")
 _LABELS = ("label", "answer", "correct", "target")
 # one column a choice, as SWAG and COPA have them
 _COLUMN = re.compile(r"(?:ending|choice|option|answer|alternative)_?([0-9]|[a-h])", re.IGNORECASE)
@@ -62,6 +62,7 @@ class Choose(Task):
     summary: ClassVar[str] = "the right one of several choices"
     best_by: ClassVar[str] = "accuracy"
     noun: ClassVar[str] = "question"
+    kept: ClassVar[tuple[str, ...]] = ("first_label",)
 
     first_label: int = option("what label numbers count from", 0)
 
@@ -159,9 +160,10 @@ class Choose(Task):
         chance = float(np.mean([1 / len(row.choices) for row in rows]))
         return Scores({"accuracy": accuracy(said, units.unit_labels), "chance": chance})
 
-    def rows_of(self, inputs: Sequence[Any], where: str) -> list[Choices]:
+    def rows_of(self, inputs: Sequence[Any], places: Sequence[str]) -> list[Choices]:
         return [
-            choices_of(given, f"{where}:{n}", self.first_label) for n, given in enumerate(inputs, 1)
+            choices_of(given, place, self.first_label)
+            for given, place in zip(inputs, places, strict=True)
         ]
 
     def from_line(self, text: str, where: str) -> Any:
@@ -188,7 +190,7 @@ def choices_of(fields: Any, where: str, first_label: int = 0, line: int = 0) -> 
     if named is None:
         raise InputError(f"{where}: no question; {ACCEPTED} are read")
     asked = text_field(where, fields, named)
-    before = next((name for name in _CONTEXTS if fields.get(name)), None)
+    before = next((name for name in _CONTEXTS if fields.get(name) and name != named), None)
     if before is not None:
         asked = f"{text_field(where, fields, before)} {asked}"
     given = fields.get("choices", fields.get("options"))

@@ -52,6 +52,8 @@ class Classify(PairTask):
         "text_column",
         "pair_column",
         "label_column",
+        "columns",
+        "quoting",
     )
 
     label_column: str | None = option("guessed from the names")
@@ -95,7 +97,8 @@ class Classify(PairTask):
                     f"({', '.join(self.labels)})"
                 )
         else:
-            self.labels = label_set([row.label for row in rows], where)
+            remedy = "; --label-column names another column"
+            self.labels = label_set([row.label for row in rows], where, remedy)
 
     def check(self, rows: Sequence[Row], where: str = "evaluation rows") -> None:
         named = [
@@ -238,8 +241,8 @@ class Classify(PairTask):
         assert units.unit_labels is not None
         return np.bincount(units.unit_labels, minlength=len(self.labels))
 
-    def rows_of(self, inputs: Sequence[Any], where: str) -> list[Row]:
-        return self.rows_of_texts(inputs, where)
+    def rows_of(self, inputs: Sequence[Any], places: Sequence[str]) -> list[Row]:
+        return self.rows_of_texts(inputs, places)
 
 
 def _texts(row: Row) -> dict[str, Any]:

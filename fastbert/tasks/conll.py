@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ _TAGS = ("tags", "ner_tags", "labels", "ner", "slots")
 _SPANS = ("entities", "spans", "slots", "label", "labels")
 # runs of letters and digits, Chinese characters one by one, anything else by itself
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_LETTER = re.compile(rf"[^\W{_HAN}]")
+# marks, and characters without width such as the joiners of Persian and Hindi
+_JOINED = ("Mn", "Mc", "Me", "Cf")
 _WORD = re.compile(rf"[{_HAN}]|[^\W{_HAN}]+(?:['\u2019._@-][^\W{_HAN}]+)*|[^\w\s]|_")
 
 
@@ -202,8 +206,22 @@ def _tags_of_spans(
 
 def split_words(text: str) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
     """Words and marks of a text, with their characters."""
-    found = [(match.group(), match.span()) for match in _WORD.finditer(text)]
-    return tuple(word for word, _ in found), tuple(span for _, span in found)
+    found = [match.span() for match in _WORD.finditer(_with_letters_for_marks(text))]
+    return tuple(text[start:end] for start, end in found), tuple(found)
+
+
+def _with_letters_for_marks(text: str) -> str:
+    """The same text, as long, where accents, vowel signs and joiners within words are letters.
+
+    They belong to the letter before them, but Python's \\w does not count them in.
+    """
+    if text.isascii():
+        return text
+    out: list[str] = []
+    for char in text:
+        joins = out and _LETTER.match(out[-1]) and unicodedata.category(char) in _JOINED
+        out.append("x" if joins else char)
+    return "".join(out)
 
 
 def tags_of(entities: Iterable[Entity], words: int) -> tuple[str, ...]:

@@ -153,11 +153,17 @@ def _read_collection(folder: Path, encoding: str) -> Groups:
     if missing:
         raise InputError(f"{folder}: no file {missing[0]}; {ACCEPTED} are read")
     found = Groups(kind="collection")
+    ids: list[set[str]] = []
     for name in names[:2]:
+        ids.append(set())
         for record in read_records(folder / name, FileFormat(encoding)).rows:
-            found.append(_document(f"{folder / name}:{record.line}", record))
+            where = f"{folder / name}:{record.line}"
+            found.append(_document(where, record))
+            if found[-1].id in ids[-1]:
+                raise InputError(f"{where}: the id {found[-1].id!r} was there before")
+            ids[-1].add(found[-1].id)
         found.queries = found.queries or len(found)
-    judged = 0
+    judged = strange = 0
     for text, number in text_lines(folder / names[2], encoding):
         fields = text.split("\t")
         # a header, as in the layout of BEIR
@@ -172,14 +178,16 @@ def _read_collection(folder: Path, encoding: str) -> Groups:
         gain = number_field(where, {"score": fields[-1].strip()}, "score")
         found.gains.setdefault(fields[0], {})[fields[-2]] = gain
         judged += 1
-    queries = {group.id for group in found[: found.queries]}
-    if not any(gain > 0 for q in queries for gain in found.gains.get(q, {}).values()):
+        strange += fields[0] not in ids[0] or fields[-2] not in ids[1]
+    if not any(gain > 0 for q in ids[0] for gain in found.gains.get(q, {}).values()):
         raise InputError(f"{folder}: no query has a relevant document in {names[2]}")
     documents = len(found) - found.queries
     found.remarks = (
         f"{found.queries:,} queries, {counted(documents, 'document')}, "
         f"{counted(judged, 'judgement')}"
     )
+    if strange:
+        found.remarks += f", {strange:,} of them of a query or document that is not there"
     return found
 
 

@@ -24,7 +24,7 @@ from fastbert.tasks.labels import indices, label_set
 from fastbert.tasks.losses import Loss, Shaping, at_least_one, class_loss
 from fastbert.tasks.records import text_lines
 from fastbert.tasks.saved import load_body
-from fastbert.tasks.tag import sentence_of
+from fastbert.tasks.tag import sentence_of, words_of
 from fastbert.tasks.tagging import entity_answers, predicted_tags, tag_loss, word_units
 from fastbert.tasks.task import Outputs, Raw, Say, Scores, Task, option
 from fastbert.tasks.units import TaskBatch, Units
@@ -46,7 +46,7 @@ class Intent(Task):
 
     slot_weight: float = option("of the slots' loss beside that of the intent", 1.0)
     slots: list[str] = field(default_factory=list, init=False)
-    scheme: str | None = field(default="IOB2", init=False)
+    scheme: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.slot_weight < 0:
@@ -134,7 +134,7 @@ class Intent(Task):
             best = int(share.argmax())
             out.append(
                 {
-                    **({"words": list(row.words)} if row.text is None else {"text": row.text}),
+                    **words_of(row),
                     "intent": self.labels[best],
                     "probability": round(float(share[best]), 6),
                     "slots": entity_answers(row, tags, self.scheme),
@@ -167,6 +167,8 @@ class Intent(Task):
         }
         known = np.array([row.intent in self.labels for row in rows])
         wanted = [row.intent or "" for row in rows if row.intent in self.labels]
+        if not wanted:
+            return Scores(figures, table)
         counts = confusion_matrix(best[known], indices(wanted, self.labels), len(self.labels))
         return Scores(figures, table, (counts, self.labels))
 
@@ -177,8 +179,8 @@ class Intent(Task):
         assert units.unit_labels is not None
         return np.bincount(units.unit_labels, minlength=len(self.labels))
 
-    def rows_of(self, inputs: Sequence[Any], where: str) -> list[Sentence]:
-        return [sentence_of(given, f"{where}:{n}") for n, given in enumerate(inputs, 1)]
+    def rows_of(self, inputs: Sequence[Any], places: Sequence[str]) -> list[Sentence]:
+        return [sentence_of(*asked) for asked in zip(inputs, places, strict=True)]
 
     def show(self, row: Sentence) -> str:
         pairs = [f"{word}/{tag}" for word, tag in zip(row.words, row.tags or (), strict=True)]

@@ -14,12 +14,13 @@ from fastbert.errors import InputError
 MOST_RARE_LABELS = 20
 
 
-def label_set(values: Sequence[str], where: str = "training rows") -> list[str]:
+def label_set(values: Sequence[str], where: str = "training rows", remedy: str = "") -> list[str]:
     """The classes of a training set; numbers in the order of their values, else sorted.
 
     Args:
         values: one label a row.
         where: in front of an error message.
+        remedy: what to do where nearly every row has a label of its own.
 
     Raises:
         InputError: fewer than two classes, or nearly as many as rows.
@@ -32,8 +33,8 @@ def label_set(values: Sequence[str], where: str = "training rows") -> list[str]:
         )
     if len(labels) > max(MOST_RARE_LABELS, len(values) / 2):
         raise InputError(
-            f"{where}: {len(labels):,} different labels in {len(values):,} rows are no classes; "
-            "--label-column names another column"
+            f"{where}: {len(labels):,} different labels in {len(values):,} rows are no classes"
+            f"{remedy}"
         )
     return ordered(labels)
 

@@ -49,20 +49,31 @@ class PairTask(Task):
         shown = {"text": row.text, "second": row.second, "label": row.label}
         return json.dumps({k: v for k, v in shown.items() if v is not None}, ensure_ascii=False)
 
-    def rows_of_texts(self, inputs: Sequence[Any], where: str) -> list[Row]:
+    def rows_of_texts(self, inputs: Sequence[Any], places: Sequence[str]) -> list[Row]:
         """Rows of texts, of two texts each, or of dictionaries.
 
         Raises:
             InputError: one text where two are needed, or the other way round.
         """
         rows = []
-        for number, given in enumerate(inputs, 1):
-            first, second = _texts(given, f"{where}:{number}")
+        for given, place in zip(inputs, places, strict=True):
+            first, second = self._texts_of(given, place)
             if (second is not None) != self.pair:
                 needed = "two texts" if self.pair else "one text"
-                raise InputError(f"{where}:{number}: this model was trained on {needed} a row")
+                raise InputError(f"{place}: this model was trained on {needed} a row")
             rows.append(Row(first, second=second))
         return rows
+
+    def _texts_of(self, given: Any, where: str) -> tuple[str, str | None]:
+        """A row like those of the training file has its texts where they were there."""
+        first, second = self.text_column, self.pair_column if self.pair else None
+        there = isinstance(given, dict) and first in given
+        if first is None or not there or (self.pair and second not in given):
+            return _texts(given, where)
+        return (
+            text_field(where, given, first),
+            None if second is None else text_field(where, given, second),
+        )
 
     def from_line(self, text: str, where: str) -> Any:
         return split_pair(text, where) if self.pair else text

@@ -114,13 +114,12 @@ def answer_lines(
     say: Callable[[str], None],
 ) -> list[str]:
     """One answer a line, without line ends; lines that are not blank."""
-    inputs: list[Any] = []
-    for line in lines:
-        where = f"{source}:{line.number}"
-        inputs.append(
-            json_object(line.text, where) if jsonl else saved.task.from_line(line.text, where)
-        )
-    answers = saved.ask(inputs, where=source, dtype=dtype, token_budget=token_budget, say=say)
+    places = [f"{source}:{line.number}" for line in lines]
+    inputs: list[Any] = [
+        json_object(line.text, place) if jsonl else saved.task.from_line(line.text, place)
+        for line, place in zip(lines, places, strict=True)
+    ]
+    answers = saved.ask(inputs, places=places, dtype=dtype, token_budget=token_budget, say=say)
     written = []
     for line, given, answer in zip(lines, inputs, answers, strict=True):
         plain = None if as_json or jsonl else saved.task.plain(answer, line.text)

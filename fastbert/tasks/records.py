@@ -42,13 +42,7 @@ class FileFormat:
     def __post_init__(self) -> None:
         if self.quoting not in QUOTING:
             raise InputError(f"--quoting must be one of {', '.join(QUOTING)}, got {self.quoting!r}")
-        try:
-            "".encode(self.encoding)
-        except LookupError:
-            raise InputError(
-                f"--encoding: Python knows no encoding {self.encoding!r}; utf-8 and iso-8859-1 "
-                "are among those it knows"
-            ) from None
+        refuse_encoding(self.encoding)
 
 
 class Record(NamedTuple):
@@ -127,12 +121,36 @@ def kind_of(path: Path) -> str:
     return kind
 
 
+def refuse_encoding(encoding: str) -> None:
+    """Look whether lines of bytes can be decoded one by one.
+
+    Raises:
+        InputError: no such encoding, or one in which ASCII has other bytes.
+    """
+    ascii_line = b"a,1\t\n"
+    try:
+        keeps_ascii = ascii_line.decode(encoding) == ascii_line.decode("ascii")
+    except LookupError:
+        raise InputError(
+            f"--encoding: Python knows no encoding {encoding!r}; utf-8 and iso-8859-1 "
+            "are among those it knows"
+        ) from None
+    except UnicodeError:
+        keeps_ascii = False
+    if not keeps_ascii:
+        raise InputError(
+            f"--encoding {encoding}: is read only where ASCII stays ASCII, as in utf-8, "
+            "iso-8859-1 or gb18030; write the file in one of those"
+        )
+
+
 def text_lines(path: Path, encoding: str = "utf-8") -> Iterator[Line]:
     """The lines of a file in any encoding that keeps ASCII; a byte order mark is dropped.
 
     Raises:
-        InputError: undecodable bytes, or a file that cannot be read.
+        InputError: no such encoding, undecodable bytes, or a file that cannot be read.
     """
+    refuse_encoding(encoding)
     try:
         yield from decoded_lines(path, encoding)
     except InputError as error:

@@ -139,12 +139,10 @@ class Relation(Task):
         assert units.unit_labels is not None
         return np.bincount(units.unit_labels, minlength=len(self.labels))
 
-    def rows_of(self, inputs: Sequence[Any], where: str) -> list[Marked]:
+    def rows_of(self, inputs: Sequence[Any], places: Sequence[str]) -> list[Marked]:
         return [
-            unmark(given, f"{where}:{number}")
-            if isinstance(given, str)
-            else marked_of(given, f"{where}:{number}")
-            for number, given in enumerate(inputs, 1)
+            unmark(given, place) if isinstance(given, str) else marked_of(given, place)
+            for given, place in zip(inputs, places, strict=True)
         ]
 
     def show(self, row: Marked) -> str:

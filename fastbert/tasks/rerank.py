@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from fastbert.tasks.losses import Loss, Shaping, at_least_one, binary_loss
 from fastbert.tasks.pairs import PairTask, pair_units
 from fastbert.tasks.records import Record, read_records, text_field
 from fastbert.tasks.table import Row, read_table
-from fastbert.tasks.task import Outputs, Raw, Say, Scores
+from fastbert.tasks.task import Outputs, Raw, Say, Scores, option
 from fastbert.tasks.units import TaskBatch, Units
 from fastbert.tokenizer import Tokenizer
 
@@ -40,7 +41,15 @@ class Rerank(PairTask):
     summary: ClassVar[str] = "how relevant a passage is to a query"
     best_by: ClassVar[str] = "ndcg_at_10"
     noun: ClassVar[str] = "passage"
-    kept: ClassVar[tuple[str, ...]] = ("text_column", "pair_column")
+    kept: ClassVar[tuple[str, ...]] = (
+        "text_column",
+        "pair_column",
+        "label_column",
+        "columns",
+        "quoting",
+    )
+
+    label_column: str | None = option("how relevant; guessed from the names")
 
     def __post_init__(self) -> None:
         self.pair = True
@@ -61,17 +70,20 @@ class Rerank(PairTask):
                 path,
                 text_column=self.text_column,
                 pair_column=self.pair_column,
+                label_column=self.label_column,
                 label_names=("label", "relevance", "score", "gain"),
                 form=self.form,
             )
             if table.columns.pair is None:
                 raise InputError(f"{path}: no column of passages; {ACCEPTED} are read")
             self.text_column, self.pair_column = table.columns.text, table.columns.pair
+            self.label_column = table.columns.label
             rows, layout = table.rows, table.describe().partition(": ")[2]
         for row in rows:
             _gain(row, f"{path}:{row.line}")
         queries = len({row.text for row in rows})
-        say(f"{path}: {counted(len(rows), 'passage')} of {queries:,} queries; {layout}")
+        asked = "1 query" if queries == 1 else f"{queries:,} queries"
+        say(f"{path}: {counted(len(rows), 'passage')} of {asked}; {layout}")
         return rows
 
     def fit(self, rows: Sequence[Row], where: str = "training rows") -> None:
@@ -148,17 +160,20 @@ class Rerank(PairTask):
         right = (logits > 0) == (units.values[:, 0] > 0.5)
         return Scores({**shown, "accuracy": float(right.mean())})
 
-    def rows_of(self, inputs: Sequence[Any], where: str) -> list[Row]:
-        return self.rows_of_texts(inputs, where)
+    def rows_of(self, inputs: Sequence[Any], places: Sequence[str]) -> list[Row]:
+        return self.rows_of_texts(inputs, places)
 
 
 def _gain(row: Row, where: str) -> float:
     try:
-        return float(row.label)
+        gain = float(row.label)
     except ValueError:
+        gain = math.nan
+    if not math.isfinite(gain):
         raise InputError(
             f"{where}: the label must be a number, how relevant the passage is, got {row.label!r}"
-        ) from None
+        )
+    return gain
 
 
 def _is_listed(record: Record) -> bool:

@@ -208,7 +208,7 @@ class Saved:
         self,
         inputs: Sequence[Any],
         *,
-        where: str = "inputs",
+        places: Sequence[str] | None = None,
         dtype: torch.dtype = torch.float32,
         token_budget: int = TOKEN_BUDGET,
         say: Say | None = None,
@@ -218,7 +218,7 @@ class Saved:
 
         Args:
             inputs: texts, or dictionaries as in a line of jsonl.
-            where: in front of an error message.
+            places: where each is from, for an error message; None for its number.
             dtype: of matrix products.
             token_budget: tokens a batch.
             say: told of texts that were cut.
@@ -229,7 +229,9 @@ class Saved:
         """
         if not len(inputs):
             return []
-        rows = self.task.rows_of(inputs, where)
+        if places is None:
+            places = [f"inputs:{number}" for number in range(1, len(inputs) + 1)]
+        rows = self.task.rows_of(inputs, places)
         units = self.build(rows, say=say)
         raw = self.run(units, dtype=dtype, token_budget=token_budget, progress=progress)
         refuse_non_finite(raw, self.task.name)

@@ -47,6 +47,8 @@ class Similarity(PairTask):
         "text_column",
         "pair_column",
         "score_column",
+        "columns",
+        "quoting",
     )
 
     score_column: str | None = option("guessed from the names")
@@ -181,8 +183,8 @@ class Similarity(PairTask):
             {"spearman": spearman(found, true), "pearson": pearson(found, true), "mse": error}
         )
 
-    def rows_of(self, inputs: Sequence[Any], where: str) -> list[Row]:
-        return self.rows_of_texts(inputs, where)
+    def rows_of(self, inputs: Sequence[Any], places: Sequence[str]) -> list[Row]:
+        return self.rows_of_texts(inputs, places)
 
 
 def two_sequences(

@@ -98,13 +98,7 @@ def question(where: str, fields: Any, number: str, line: int = 0) -> Question:
         raise InputError(f"{where}: expected a JSON object, found {type(fields).__name__}")
     asked, context = (text_field(where, fields, name) for name in ("question", "context"))
     given = fields.get("answers")
-    if isinstance(given, dict):
-        texts, starts = given.get("text", []), given.get("answer_start", [])
-    elif isinstance(given, list):
-        texts = [answer.get("text") for answer in given if isinstance(answer, dict)]
-        starts = [answer.get("answer_start") for answer in given if isinstance(answer, dict)]
-    else:
-        texts, starts = [], []
+    texts, starts = _answers(where, given)
     if len(texts) != len(starts):
         raise InputError(f"{where}: {len(texts)} answers but {len(starts)} starts (answer_start)")
     for text, start in zip(texts, starts, strict=True):
@@ -119,3 +113,20 @@ def question(where: str, fields: Any, number: str, line: int = 0) -> Question:
     labelled = given is not None or bool(fields.get("is_impossible"))
     name = str(fields.get("id", number))
     return Question(name, asked, context, tuple(texts), tuple(starts), line, labelled)
+
+
+def _answers(where: str, given: Any) -> tuple[list[Any], list[Any]]:
+    """Texts of answers and where they start, nothing of them looked at yet."""
+    if given is None:
+        return [], []
+    if isinstance(given, list) and all(isinstance(answer, dict) for answer in given):
+        pairs = [(answer.get("text"), answer.get("answer_start")) for answer in given]
+        return [text for text, _ in pairs], [start for _, start in pairs]
+    if isinstance(given, dict):
+        texts, starts = (given.get(name, []) for name in ("text", "answer_start"))
+        if isinstance(texts, list) and isinstance(starts, list):
+            return texts, starts
+    raise InputError(
+        f"{where}: answers must be a list of dictionaries with text and answer_start, or a "
+        f"dictionary of these two lists, got {given!r:.80}"
+    )

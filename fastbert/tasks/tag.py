@@ -151,7 +151,7 @@ class Tag(Task):
         tagged = self._tags(rows, units, raw)
         return [
             {
-                **({"words": list(row.words)} if row.text is None else {"text": row.text}),
+                **words_of(row),
                 "tags": tags,
                 "entities": entity_answers(row, tags, self.scheme) if self.is_entities else [],
                 **({} if row.tags is None else {"true_tags": list(row.tags)}),
@@ -193,12 +193,18 @@ class Tag(Task):
         labels = np.concatenate(list(units.token_labels or []))
         return np.bincount(labels[labels != IGNORE_INDEX], minlength=len(self.labels))
 
-    def rows_of(self, inputs: Sequence[Any], where: str) -> list[Sentence]:
-        return [sentence_of(given, f"{where}:{n}") for n, given in enumerate(inputs, 1)]
+    def rows_of(self, inputs: Sequence[Any], places: Sequence[str]) -> list[Sentence]:
+        return [sentence_of(*asked) for asked in zip(inputs, places, strict=True)]
 
     def show(self, row: Sentence) -> str:
         pairs = [f"{word}/{tag}" for word, tag in zip(row.words, row.tags or (), strict=True)]
         return " ".join(pairs)
+
+
+def words_of(row: Sentence) -> dict[str, Any]:
+    """What tags are of, for an answer: words, and the text that they were cut from."""
+    text = {} if row.text is None else {"text": row.text}
+    return {**text, "words": list(row.words)}
 
 
 def sentence_of(given: Any, where: str) -> Sentence:

@@ -203,11 +203,15 @@ class Task(ABC):
         """Scores of rows whose right answers are known."""
 
     @abstractmethod
-    def rows_of(self, inputs: Sequence[Any], where: str) -> list[Any]:
+    def rows_of(self, inputs: Sequence[Any], places: Sequence[str]) -> list[Any]:
         """Rows of what a caller asks about: texts, or dictionaries as in a line of jsonl.
 
+        Args:
+            inputs: in their order.
+            places: where each is from, such as "file:line", for an error message.
+
         Raises:
-            InputError: naming the input's number.
+            InputError: naming the input's place.
         """
 
     def from_line(self, text: str, where: str) -> Any:
@@ -263,8 +267,10 @@ class Task(ABC):
             if name not in facts:
                 continue
             value, like = facts[name], getattr(self, name)
-            if name != "max_seq_len" and like is not None and type(value) is not type(like):
-                kind = _KINDS.get(type(like), type(like).__name__)
+            # what may be left out is text everywhere
+            wanted = str if like is None and value is not None else type(like)
+            if name != "max_seq_len" and type(value) is not wanted:
+                kind = _KINDS.get(wanted, wanted.__name__)
                 raise InputError(f"{where}: {name} must be {kind}, got {value!r}")
             assert name in defaults
             setattr(self, name, value)

@@ -93,12 +93,13 @@ def _fill(
         tqdm(total=len(vectors), unit=" texts", disable=not sys.stderr.isatty()) as bar,
     ):
         while some := list(islice(texts, TEXTS_AT_ONCE)):
-            units = saved.build(saved.task.rows_of([text for _, text in some], "embed"), say=say)
+            names, wanted = zip(*some, strict=True)
+            units = saved.build(saved.task.rows_of(wanted, names), say=say)
             raw = saved.run(units, dtype=dtype, token_budget=token_budget, progress=bar.update)
             refuse_non_finite(raw, "embed")
             assert raw.sequences is not None
             vectors[done : done + len(some)] = raw.sequences
-            ids.writelines(f"{name}\n" for name, _ in some)
+            ids.writelines(f"{name}\n" for name in names)
             done += len(some)
 
 
