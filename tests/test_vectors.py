@@ -8,6 +8,7 @@ import torch
 from tiny import stirred, tiny_config, tiny_tokenizer
 
 from fastbert.cli import main
+from fastbert.errors import InputError
 from fastbert.models import BertModel
 from fastbert.tasks.embed import Embed
 from fastbert.tasks.saved import Saved, save_task
@@ -70,3 +71,33 @@ def test_sentence_transformers_gives_the_same_vectors(model) -> None:
     expected = np.array([answer["embedding"] for answer in ours], dtype=np.float32)
     # answers are rounded to six digits
     assert np.abs(found - expected).max() <= 1e-6 + 16 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("version", ["old", "new"])
+def test_a_folder_of_sentence_transformers_says_how_vectors_are_made(model, version) -> None:
+    (model / "task.json").unlink()
+    listed = json.loads((model / "modules.json").read_text())
+    (model / "modules.json").write_text(json.dumps(listed[:2]))
+    mode = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    if version == "new":
+        mode = {"pooling_mode": "cls"}
+        (model / "sentence_bert_config.json").write_text("{}")
+    length = {"model_max_length": 12 if version == "new" else 30}
+    (model / "tokenizer_config.json").write_text(json.dumps(length))
+    if version == "old":
+        (model / "sentence_bert_config.json").write_text('{"max_seq_length": 12}')
+    (model / "1_Pooling" / "config.json").write_text(json.dumps(mode))
+    task = Saved.from_pretrained(model).task
+    assert isinstance(task, Embed)
+    assert (task.pooling, task.normalise, task.max_seq_len) == ("cls", False, 12)
+    other = {"pooling_mode": "max"} if version == "new" else {"pooling_mode_max_tokens": True}
+    (model / "1_Pooling" / "config.json").write_text(json.dumps(other))
+    with pytest.raises(InputError, match=r"^\S*config.json: pooling must be one of mean, cls, got"):
+        Saved.from_pretrained(model)
+    dense = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+    (model / "modules.json").write_text(json.dumps([*listed[:1], dense]))
+    with pytest.raises(InputError, match=r"^\S*modules.json: vectors go through a Dense"):
+        Saved.from_pretrained(model)
+    (model / "modules.json").write_text("[{}]")
+    with pytest.raises(InputError, match=r"modules.json: unreadable"):
+        Saved.from_pretrained(model)

@@ -103,10 +103,44 @@ class Embed(Task):
 
     def restore(self, facts: dict[str, Any], config: EncoderConfig, where: str) -> None:
         super().restore(facts, config, where)
-        modules = Path(where).parent / "1_Pooling" / "config.json"
-        if not facts and modules.is_file():
-            raw = json.loads(modules.read_text(encoding="utf-8"))
-            self.pooling = "cls" if raw.get("pooling_mode_cls_token") else "mean"
+        folder = Path(where).parent
+        listed = folder / "modules.json"
+        if facts or not listed.is_file():
+            return
+        try:
+            self._restore_modules(folder, config.max_seqlen)
+        except InputError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{listed}: unreadable, or a file that it names is: {error!r}"
+            ) from None
+
+    def _restore_modules(self, folder: Path, positions: int) -> None:
+        """What sentence-transformers does with this folder: old versions' files and new ones'."""
+        listed = folder / "modules.json"
+        parts = {}
+        for part in json.loads(listed.read_text(encoding="utf-8")):
+            kind = str(part["type"]).rpartition(".")[2]
+            if kind not in ("Transformer", "Pooling", "Normalize"):
+                raise InputError(f"{listed}: vectors go through a {kind}, which is not known here")
+            parts[kind] = folder / str(part["path"])
+        self.normalise = "Normalize" in parts
+        if "Pooling" in parts:
+            self.pooling = _pooling_of(parts["Pooling"] / "config.json")
+        for name, field_name in (
+            ("sentence_bert_config.json", "max_seq_length"),
+            ("tokenizer_config.json", "model_max_length"),
+        ):
+            file = folder / name
+            length = (
+                json.loads(file.read_text(encoding="utf-8")).get(field_name)
+                if file.is_file()
+                else None
+            )
+            if isinstance(length, int):
+                self.max_seq_len = min(length, positions)
+                return
 
     def save_model(self, model: Any, folder: Path) -> None:
         """Beside the model, the layout in which sentence-transformers reads it."""
@@ -210,20 +244,32 @@ class Embed(Task):
         name = "spearman" if "spearman" in figures else "ndcg_at_10"
         return figures[name], figures.get("pearson", figures.get("mrr_at_10", 0.0))
 
-    def rows_of(self, inputs: Sequence[Any], where: str) -> list[Group]:
+    def rows_of(self, inputs: Sequence[Any], places: Sequence[str]) -> list[Group]:
         rows = []
-        for number, given in enumerate(inputs, 1):
+        for given, place in zip(inputs, places, strict=True):
             if isinstance(given, dict):
                 named = next((n for n in ("text", "sentence", "query") if n in given), "text")
-                given = text_field(f"{where}:{number}", given, named)
+                given = text_field(place, given, named)
             if not isinstance(given, str):
-                raise InputError(f"{where}:{number}: a text is wanted, got {given!r:.60}")
+                raise InputError(f"{place}: a text is wanted, got {given!r:.60}")
             rows.append(Group((given,)))
         return rows
 
     def show(self, row: Group) -> str:
         shown = {"texts": list(row.texts), **({} if row.score is None else {"score": row.score})}
         return json.dumps(shown, ensure_ascii=False)
+
+
+def _pooling_of(path: Path) -> str:
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    modes = [name for name, value in raw.items() if name.startswith("pooling_mode_") and value]
+    # one name in new versions, a flag for each mode in old ones
+    mode = raw.get("pooling_mode") or " and ".join(modes)
+    known = {"cls": "cls", "mean": "mean", "pooling_mode_cls_token": "cls"}
+    known["pooling_mode_mean_tokens"] = "mean"
+    if mode not in known:
+        raise InputError(f"{path}: pooling must be one of {', '.join(POOLING)}, got {mode!r}")
+    return known[mode]
 
 
 def _kind(rows: Sequence[Group]) -> str:
