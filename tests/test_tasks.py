@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import struct
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from oracle import ErrorRule
 from tiny import WORDS, tiny_config, tiny_tokenizer
 
 from fastbert import pipeline
+from fastbert.cli import main
 from fastbert.errors import InputError
 from fastbert.models import BertForPreTraining
 from fastbert.tasks.registry import TASKS, make_task
@@ -23,7 +26,7 @@ from fastbert.tasks.saved import Saved, is_task_folder
 from fastbert.training import finetune as finetune_module
 from fastbert.training.finetune import finetune
 from fastbert.training.finetune_config import FinetuneConfig
-from fastbert.training.task_evaluation import evaluate_task
+from fastbert.training.task_evaluation import LARGEST_PICTURE, draw_confusion, evaluate_task
 
 LAND, SEA = WORDS[:10], WORDS[10:]
 Writer = Callable[[Path, int, np.random.Generator], str]
@@ -322,6 +325,8 @@ def test_from_files_to_answers(case, start, tmp_path, monkeypatch) -> None:
     # asked again from the folder alone, the model scores what the report says
     saved = Saved.from_pretrained(out)
     rows = saved.task.read(dev, said.append)
+    assert report["train_rows"] == len(saved.task.read(train, said.append))
+    assert report["eval_rows"] == len(rows)
     units = saved.build(rows)
     raw = saved.run(units)
     figures = saved.task.score(rows, units, raw).figures
@@ -378,3 +383,36 @@ def test_a_model_of_another_task_is_refused(start, tmp_path) -> None:
 def test_fill_mask_is_a_pipeline_too(start) -> None:
     blanks = pipeline("fill-mask", start)("river [MASK] stone [MASK]", top=3)
     assert [len(words) for words in blanks] == [3, 3]
+
+
+def test_flags_that_another_kind_of_model_looks_at(start, tmp_path, capsys) -> None:
+    rng = np.random.default_rng(0)
+    train = classes(tmp_path / "train", 8, rng)
+    out = tmp_path / "run"
+    config = config_for(start, train, train, out, max_steps=1, epochs=None)
+    finetune(make_task("classify"), config, say=lambda _: None)
+    for flag, value in (("--max-seq-len", "16"), ("--objective", "mlm"), ("--doc-sep", "line")):
+        assert main(["evaluate", "--model", str(out), train, flag, value]) == 2
+        assert f"{flag} is for pre-trained models on text" in capsys.readouterr().err
+    for flag, value in (("--out", str(tmp_path / "scores")), ("--encoding", "utf-8")):
+        assert main(["evaluate", "--model", str(start), train, flag, value]) == 2
+        assert f"{flag} is for fine-tuned models" in capsys.readouterr().err
+    row = '{"text": "caf\u00e9", "label": "land"}\n{"text": "river", "label": "sea"}\n'
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes(row.encode("latin-1"))
+    assert main(["evaluate", "--model", str(out), str(latin)]) == 2
+    assert "--encoding names another" in capsys.readouterr().err
+    assert main(["evaluate", "--model", str(out), str(latin), "--encoding", "iso-8859-1"]) == 0
+
+
+@pytest.mark.parametrize("count", [3, 150])
+def test_confusion_of_any_classes_is_a_picture_that_fits(tmp_path, count) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is in the plot extra")
+    odd = ["$a_$ b$", "天气查询", "x" * 300]
+    names = [*odd, *(f"class {number}" for number in range(count - 3))]
+    with warnings.catch_warnings():
+        # a glyph that the font lacks is a warning
+        warnings.simplefilter("error")
+        draw_confusion(tmp_path / "a.png", np.eye(count, dtype=np.int64), names)
+    width, height = struct.unpack(">II", (tmp_path / "a.png").read_bytes()[16:24])
+    assert width == height <= 110 * LARGEST_PICTURE

@@ -101,6 +101,7 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument("sources", nargs="+", help="labelled examples; or files, globs of text")
     parser.add_argument("--model", required=True, help="a run, or its model folder")
     parser.add_argument("--out", help="folder for errors.jsonl, scores.json and confusion.png")
+    parser.add_argument("--encoding", help="of labelled examples (utf-8)")
     parser.add_argument("--max-seq-len", type=int, help="tokens a sequence of text (the model's)")
     parser.add_argument("--objective", help="of text, such as mlm+sop (the model's)")
     parser.add_argument("--dtype", default="auto", help="auto, fp32 or bf16")
@@ -113,11 +114,17 @@ def _evaluate(given: argparse.Namespace) -> None:
     if is_task_folder(given.model):
         from fastbert.training.task_evaluation import evaluate_task
 
-        for line in evaluate_task(given.model, given.sources, dtype=given.dtype, out=given.out):
+        _refuse(given, _OF_TEXT, "pre-trained models on text; this one was fine-tuned")
+        for line in evaluate_task(
+            given.model,
+            given.sources,
+            dtype=given.dtype,
+            out=given.out,
+            encoding=given.encoding or "utf-8",
+        ):
             print(line)
         return
-    if given.out is not None:
-        raise InputError("--out is for fine-tuned models; this one was pre-trained")
+    _refuse(given, _OF_EXAMPLES, "fine-tuned models; this one was pre-trained")
     from fastbert.training.evaluation import evaluate_text
 
     figures = evaluate_text(
@@ -130,3 +137,14 @@ def _evaluate(given: argparse.Namespace) -> None:
     )
     for name, value in figures.items():
         print(f"{name:<16} {value:.4f}")
+
+
+_OF_TEXT: dict[str, str | None] = {"max_seq_len": None, "objective": None, "doc_sep": "auto"}
+_OF_EXAMPLES: dict[str, str | None] = {"out": None, "encoding": None}
+
+
+def _refuse(given: argparse.Namespace, flags: dict[str, str | None], whose: str) -> None:
+    """A flag that would not be looked at is an error."""
+    for name, default in flags.items():
+        if getattr(given, name) != default:
+            raise InputError(f"--{name.replace('_', '-')} is for {whose}")

@@ -15,9 +15,11 @@ from fastbert.errors import InputError
 from fastbert.files import atomic_write, writing_failed
 from fastbert.metrics.classification import ClassScore
 from fastbert.tasks.saved import Saved, refuse_non_finite
-from fastbert.tasks.task import Scores
+from fastbert.tasks.task import Scores, shortened
 from fastbert.training.loop import compute_dtype, default_device
 
+# inches of a confusion matrix, and letters of a class in it
+LARGEST_PICTURE, LONGEST_NAME = 60.0, 40
 SCORES_FILE, ERRORS_FILE, CONFUSION_FILE = "scores.json", "errors.jsonl", "confusion.png"
 
 
@@ -27,6 +29,7 @@ def evaluate_task(
     *,
     dtype: str = "auto",
     out: str | os.PathLike[str] | None = None,
+    encoding: str = "utf-8",
     say: Callable[[str], None] = print,
 ) -> list[str]:
     """Score a fine-tuned model on a file.
@@ -37,6 +40,7 @@ def evaluate_task(
         dtype: of matrix products: auto, fp32 or bf16.
         out: a new folder, or none, for scores.json, errors.jsonl (the rows answered wrongly) and
             confusion.png.
+        encoding: of the file.
         say: told what the reader does.
 
     Returns:
@@ -52,6 +56,7 @@ def evaluate_task(
         raise InputError(f"--out {out}: is not empty; name a new folder")
     device = default_device()
     saved = Saved.from_pretrained(model, device)
+    saved.task.encoding = encoding
     rows = saved.task.read(sources[0], say)
     saved.task.check(rows, sources[0])
     units = saved.build(rows, name=sources[0], say=say)
@@ -103,6 +108,20 @@ def _write(folder: Path, scores: Scores, wrong: Sequence[dict[str, Any]]) -> Non
         draw_confusion(folder / CONFUSION_FILE, *scores.confusion)
 
 
+def _drawable(names: Sequence[str]) -> list[str]:
+    """Names of classes that the picture's font can write; numbers, from 1, for those it cannot."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    known = get_font(findfont(FontProperties())).get_charmap()
+    # two dollars would be read as mathematics
+    return [
+        shortened(name, LONGEST_NAME).replace("$", r"\$")
+        if all(ord(char) in known for char in name)
+        else f"#{number}"
+        for number, name in enumerate(names, 1)
+    ]
+
+
 def draw_confusion(path: Path, counts: np.ndarray, names: Sequence[str]) -> None:
     """A confusion matrix as a picture, shares of each true class; nothing without matplotlib."""
     try:
@@ -114,16 +133,20 @@ def draw_confusion(path: Path, counts: np.ndarray, names: Sequence[str]) -> None
 
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     size = max(4.0, 0.45 * len(names) + 2.0)
-    figure, axis = plt.subplots(figsize=(size, size))
+    # a picture of a thousand classes must still fit in memory
+    scale = min(1.0, LARGEST_PICTURE / size)
+    letters = 10.0 * scale
+    shown = _drawable(names)
+    figure, axis = plt.subplots(figsize=(scale * size, scale * size))
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axis.set_xticks(range(len(names)), names, rotation=90)
-    axis.set_yticks(range(len(names)), names)
+    axis.set_xticks(range(len(names)), shown, rotation=90, fontsize=letters)
+    axis.set_yticks(range(len(names)), shown, fontsize=letters)
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
-    for row, column in np.ndindex(*counts.shape):
-        if counts[row, column]:
-            color = "white" if shares[row, column] > 0.5 else "black"
-            axis.text(column, row, str(counts[row, column]), ha="center", va="center", color=color)
+    for row, column in np.argwhere(counts):
+        color = "white" if shares[row, column] > 0.5 else "black"
+        said = str(counts[row, column])
+        axis.text(column, row, said, ha="center", va="center", color=color, fontsize=letters)
     figure.tight_layout()
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
