@@ -291,3 +291,30 @@ def test_several_seeds_and_their_ensemble(config) -> None:  # noqa: F811
 def test_the_spread_is_of_every_figure_that_is_a_number() -> None:
     found = spread([{"f1": 0.5, "steps": 3, "task": "tag"}, {"f1": 0.7, "steps": 3, "task": "tag"}])
     assert found == {"seeds": 2, "f1": 0.6, "f1_std": pytest.approx(np.std([0.5, 0.7], ddof=1))}
+
+
+def test_several_seeds_read_their_files_as_one_does(config) -> None:  # noqa: F811
+    for name in (config.train, config.eval):
+        lines = Path(name).read_text().splitlines()[1:]
+        Path(name).write_bytes("\n".join(f"caf\u00e9 {line}" for line in lines).encode("latin-1"))
+    several = dataclasses.replace(config, seeds=2, epochs=1)
+    task = Classify(encoding="iso-8859-1", columns="text,label")
+    report = finetune_seeds(task, several, say=lambda _: None)
+    assert set(report["ensemble"]) >= {"accuracy", "macro_f1"}
+
+
+def test_several_seeds_go_on_after_a_kill_in_the_first(config, monkeypatch) -> None:  # noqa: F811
+    several = dataclasses.replace(config, seeds=2, epochs=1)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as before:
+        before.setattr(finetune_module, "finetune_from", killed)
+        with pytest.raises(Killed):
+            finetune_seeds(Classify(), several, say=lambda _: None)
+    again = dataclasses.replace(several, resume=True)
+    assert finetune_seeds(Classify(), again, say=lambda _: None)["seeds"] == 2

@@ -30,7 +30,10 @@ REPORT_FILE = "report.json"
 
 
 def finetune(
-    task: Task, config: FinetuneConfig, say: Callable[[str], None] = print
+    task: Task,
+    config: FinetuneConfig,
+    say: Callable[[str], None] = print,
+    begun: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Read rows, fine-tune a pre-trained model on them, and leave a model that can be asked.
 
@@ -38,6 +41,7 @@ def finetune(
         task: with its options.
         config: everything else; `seeds` is not looked at (`training.seeds` does).
         say: told what happens, a line at a time.
+        begun: called once all has been looked at, and the folder is the run's.
 
     Returns:
         As `finetune_from`.
@@ -67,6 +71,8 @@ def finetune(
     _check_fit(model.config, tokenizer, config, str(source))  # type: ignore[arg-type]
     refuse_unfit(task, model, config)
     folder = claim_run(config.out, settings, resume=config.resume)
+    if begun is not None:
+        begun()
     return finetune_from(model, tokenizer, training, evaluation, config, folder, task=task, say=say)
 
 

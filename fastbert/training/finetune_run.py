@@ -97,18 +97,26 @@ class Run:
         )
         self.resumed_tokens, self.resumed_seconds = self.state.tokens, self.state.seconds
 
+    @property
+    def train_rows(self) -> int:
+        """Rows of the training file."""
+        assert self.training.rows is not None
+        return int(self.training.rows.max()) + 1
+
     def describe(self) -> str:
         """What is about to be done, in one line."""
         units, epochs = len(self.training), self.total_steps / self.stream.steps
+        # long rows of some tasks are several units
+        windows = f" in {units:,} windows" if units != self.train_rows else ""
         whole = sum(p.numel() for p in self.model.parameters())
         frozen = "" if self.trained == whole else f" ({self.trained:,} of them trained)"
         classes = f", {len(self.task.labels)} classes" if len(self.task.labels) > 1 else ""
         return (
             f"{whole:,} parameters{frozen} on {self.device.type} in "
-            f"{str(self.dtype).removeprefix('torch.')}; {units:,} {self.task.noun}s "
-            f"of {self.training.lengths.mean():.1f} tokens on average{classes}; "
-            f"{self.total_steps:,} steps of at most {self.config.batch_size} ({epochs:.3g} "
-            f"epochs), learning rate {self.peak:g}"
+            f"{str(self.dtype).removeprefix('torch.')}; {self.train_rows:,} "
+            f"{self.task.noun}s{windows} of {self.training.lengths.mean():.1f} tokens on average"
+            f"{classes}; {self.total_steps:,} steps of at most {self.config.batch_size} "
+            f"({epochs:.3g} epochs), learning rate {self.peak:g}"
         )
 
     def train(self) -> bool:
@@ -183,7 +191,7 @@ class Run:
             "kept_step": best["step"],
             "evaluations": best["evaluations"],
             "labels": self.task.labels,
-            "train_rows": len(self.training),
+            "train_rows": self.train_rows,
             "eval_rows": len(self.eval_rows),
             "steps": state.step,
             "stopped_early": state.step < self.total_steps,

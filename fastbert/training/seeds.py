@@ -17,7 +17,7 @@ from fastbert.tasks.task import Task
 from fastbert.training.finetune import REPORT_FILE, finetune, run_settings, write_report
 from fastbert.training.finetune_config import FinetuneConfig
 from fastbert.training.loop import compute_dtype, default_device
-from fastbert.training.run_folder import check_run
+from fastbert.training.run_folder import RUN_FILE, check_run
 
 
 def finetune_seeds(
@@ -48,12 +48,10 @@ def finetune_seeds(
     reports, names, folder = [], [], Path(config.out)
     for seed in range(config.seed, config.seed + config.seeds):
         out = folder / f"seed-{seed}"
-        there = (out / "run.json").is_file()
+        there = (out / RUN_FILE).is_file()
         one = dataclasses.replace(config, seed=seed, seeds=1, out=str(out), resume=there)
-        report = finetune(copy.deepcopy(task), one, say)
-        if not (folder / "run.json").is_file():
-            # the first run has looked at all settings and files
-            _claim_around(folder, settings)
+        # the first run has looked at all settings and files when it begins
+        report = finetune(copy.deepcopy(task), one, say, lambda: _claim_around(folder, settings))
         if not report:
             return {}
         reports.append(report)
@@ -61,7 +59,7 @@ def finetune_seeds(
     with atomic_write(folder / ENSEMBLE_FILE) as file:
         json.dump({"members": names}, file, indent=2)
         file.write("\n")
-    report = {**spread(reports), "ensemble": _ensemble_figures(folder, config, say)}
+    report = {**spread(reports), "ensemble": _ensemble_figures(folder, task, config)}
     write_report(folder, report)
     say(f"{config.seeds} seeds: {describe_spread(report)}")
     return report
@@ -86,16 +84,18 @@ def describe_spread(report: dict[str, Any]) -> str:
 
 
 def _claim_around(folder: Path, settings: dict[str, Any]) -> None:
-    with atomic_write(folder / "run.json") as file:
+    if (folder / RUN_FILE).is_file():
+        return
+    with atomic_write(folder / RUN_FILE) as file:
         json.dump(settings, file, indent=2)
         file.write("\n")
 
 
-def _ensemble_figures(
-    folder: Path, config: FinetuneConfig, say: Callable[[str], None]
-) -> dict[str, float]:
+def _ensemble_figures(folder: Path, task: Task, config: FinetuneConfig) -> dict[str, float]:
     device = default_device()
     saved = Saved.from_pretrained(folder, device)
+    # files have an encoding, models have none
+    saved.task.encoding = task.encoding
     rows = saved.task.read(config.eval, lambda _: None)
     units = saved.build(rows, name="evaluation")
     raw = saved.run(units, dtype=compute_dtype(config.dtype, device))
