@@ -156,8 +156,7 @@ def drawn_on_host(rng: Rng, like: Tensor) -> bool:
 
 def kept(shape: tuple[int, ...], dropout_p: float, rng: Rng, like: Tensor) -> Tensor:
     """1 where `keep_masks` has its scale, else 0: `shape`, dtype of `like`."""
-    mask = _drawn(rng.generator(), shape, keep_threshold(dropout_p))
-    return mask.to(device=like.device, dtype=like.dtype)
+    return _as_numbers(_drawn(rng.generator(), shape, keep_threshold(dropout_p)), 1.0, like)
 
 
 def keep_masks(
@@ -170,17 +169,25 @@ def keep_masks(
         threshold = keep_threshold(1.0 - 1.0 / scale)
     generator = rng.generator()
     for shape in shapes:
-        mask = _drawn(generator, shape, threshold).to(device=like.device, dtype=like.dtype)
-        yield mask.mul_(scale)
+        yield _as_numbers(_drawn(generator, shape, threshold), scale, like)
 
 
 def _drawn(generator: torch.Generator, shape: tuple[int, ...], threshold: int) -> Tensor:
-    """Bools, from 16 bits of a word each."""
+    """0 or 1 in int16, from 16 bits of a word each."""
     count = math.prod(shape)
     words = torch.empty(-(-count // 4), dtype=torch.int64)
     words.random_(-(1 << 63), None, generator=generator)
-    # numbers with a sign, in the same order
-    return (words.view(torch.int16)[:count] >= threshold - (1 << 15)).view(shape)
+    # numbers with a sign, in the same order; in place, because torch compares into bools one by one
+    return words.view(torch.int16)[:count].ge_(threshold - (1 << 15)).view(shape)
+
+
+def _as_numbers(drawn: Tensor, value: float, like: Tensor) -> Tensor:
+    """`value` for 1, dtype and device of `like`; `drawn` is written over."""
+    if like.dtype.itemsize == drawn.dtype.itemsize:
+        # an integer that is multiplied by the number's bits
+        bits = int(torch.tensor(value, dtype=like.dtype).view(drawn.dtype))
+        return drawn.mul_(bits).view(like.dtype).to(like.device)
+    return drawn.to(device=like.device, dtype=like.dtype).mul_(value)
 
 
 def exact_mask(
