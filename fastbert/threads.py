@@ -6,7 +6,7 @@ import os
 
 # turns of the waiting loop before a thread sleeps, some tenths of a millisecond: longer than the
 # gaps between a small step's operators; GNU OpenMP's default is 300,000 and more
-SPINS = "10000"
+SPINS = "20000"
 
 
 def sleep_soon() -> None:
