@@ -118,7 +118,7 @@ def measure(
 
 
 def drawn_units(task: Task, rows: list[Any], tokenizer: Tokenizer, config: FinetuneConfig) -> Units:
-    """Rows at random, so many that the first step, which makes the moments, is a small part of a pass."""
+    """Rows at random, so many that the first step, which makes moments, is a small part."""
     order = np.random.default_rng(config.seed).permutation(len(rows)).tolist()
     size = config.batch_size
     sample = task.build([rows[number] for number in order[: 8 * size]], tokenizer)
