@@ -29,6 +29,9 @@ ALIGNMENT = 64
 CHUNK_BYTES = 64 << 20
 MOST_CHUNKS = 4
 CARD_SHARE = 64
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+# finite: a column that has seen nothing yet makes no NaN
+LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 
 
 # one program copies ROWS rows; slots without a label get zeros and read nothing
@@ -95,23 +98,26 @@ def _cross_entropy_kernel(
         tl.store(correct_ptr + row, 0)
     else:
         # each column of the block keeps a maximum and a sum of its own: threads meet once a row
-        largest = tl.full([BLOCK], float("-inf"), tl.float32)
+        largest = tl.full([BLOCK], LOWEST, tl.float32)
         total = tl.zeros([BLOCK], tl.float32)
         plain_sum = tl.zeros([BLOCK], tl.float32)
+        # places move with the loop: made of column numbers, they would widen these to 64 bits
+        place = logits_ptr + column
         for first in range(0, VOCAB, BLOCK):
             mask = first + column < VOCAB
             # whole aligned lines are read, padding too
-            values = tl.load(logits_ptr + first + column, mask=first + column < PADDED, other=0.0)
+            values = tl.load(place, mask=first + column < PADDED, other=0.0)
+            place += BLOCK
             values = tl.where(mask, values.to(tl.float32), float("-inf"))
-            higher = tl.maximum(largest, values)
-            # a column that has seen nothing yet has no number to shift by
-            shift = tl.where(higher == float("-inf"), 0.0, higher)
-            total = total * tl.exp(largest - shift) + tl.exp(values - shift)
-            largest = higher
+            above = values - largest
+            # of the two, the larger one is shifted to zero: one exponential serves
+            ratio = tl.exp2(tl.abs(above) * -LOG2_E)
+            total = tl.where(above > 0.0, total * ratio + 1.0, total + ratio)
+            largest = tl.maximum(largest, values)
             if SMOOTHING > 0.0:
                 plain_sum += tl.where(mask, values, 0.0)
         row_largest = tl.max(largest, axis=0)
-        row_total = tl.sum(total * tl.exp(largest - row_largest), axis=0)
+        row_total = tl.sum(total * tl.exp2((largest - row_largest) * LOG2_E), axis=0)
         lse = row_largest + tl.log(row_total)
         # a label that is none makes loss and gradient NaN, where a host would raise
         known = (label >= 0) & (label < VOCAB)
@@ -128,17 +134,20 @@ def _cross_entropy_kernel(
         tl.store(loss_ptr + row, loss)
         tl.store(correct_ptr + row, (at_label >= row_largest).to(tl.int32))
         if WANTS_GRADIENT:
+            narrow_label = label.to(tl.int32)
+            place = logits_ptr + column
             # the label's logit has been read by all before one of them overwrites it
             tl.debug_barrier()
             for first in range(0, PADDED, BLOCK):
                 padded = first + column < PADDED
-                values = tl.load(logits_ptr + first + column, mask=padded, other=0.0)
-                gradient = tl.exp(values.to(tl.float32) - row_largest) * share
-                gradient -= tl.where(first + column == label, 1.0 - SMOOTHING, 0.0)
+                values = tl.load(place, mask=padded, other=0.0)
+                gradient = tl.exp2((values.to(tl.float32) - row_largest) * LOG2_E) * share
+                gradient -= tl.where(first + column == narrow_label, 1.0 - SMOOTHING, 0.0)
                 if SMOOTHING > 0.0:
                     gradient -= SMOOTHING / VOCAB
                 gradient = tl.where(first + column < VOCAB, gradient, 0.0)
-                tl.store(logits_ptr + first + column, gradient, mask=padded)
+                tl.store(place, gradient, mask=padded)
+                place += BLOCK
 
 
 # one program owns COLUMNS columns and walks down the chunk's rows
@@ -147,13 +156,14 @@ def _bias_gradient_kernel(
     gradient_ptr, out_ptr,
     row_stride,
     rows,
-    VOCAB: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    VOCAB: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
-        mask = (row < rows)[:, None] & (column < VOCAB)[None, :]
+        # padding is read too: an odd vocabulary would cut the loads into pairs of elements
+        mask = (row < rows)[:, None] & (column < PADDED)[None, :]
         place = gradient_ptr + row.to(tl.int64)[:, None] * row_stride + column[None, :]
         total += tl.load(place, mask=mask, other=0.0).to(tl.float32)
     before = tl.load(out_ptr + column, mask=column < VOCAB, other=0.0)
@@ -234,7 +244,8 @@ def add_bias_gradient(gradient: Tensor, out: Tensor) -> None:
         gradient, out,
         gradient.stride(0),
         gradient.shape[0],
-        launch=chosen, VOCAB=vocab_size, ROWS=chosen.rows, COLUMNS=chosen.columns,
+        launch=chosen, VOCAB=vocab_size, PADDED=gradient.shape[1],
+        ROWS=chosen.rows, COLUMNS=chosen.columns,
     )  # fmt: skip
 
 
