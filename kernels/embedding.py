@@ -22,6 +22,7 @@ from fastbert.kernels import launch
 from fastbert.kernels.column_sum import column_sum
 from fastbert.kernels.dropout import keep_factors, row_coordinates, subkey
 from fastbert.kernels.keyed_sum import sum_by_key
+from fastbert.kernels.layer_norm import parameter_row, parameter_tile
 from fastbert.kernels.philox import keep_scale, keep_threshold
 
 _UNSPECIALISED = ["tokens", "sequences", "layer", "site", "blocks_per_program"]
@@ -108,9 +109,9 @@ def _embedding_fwd_kernel(
         tl.store(rstd_ptr + row, rstd, mask=row_mask)
     for chunk in tl.static_range(CHUNKS):
         columns = chunk * CHUNK + tl.arange(0, CHUNK)
-        weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-        bias = tl.load(bias_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-        y = (pieces[chunk] - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
+        weight = parameter_tile(weight_ptr, columns, ROWS, WIDTH, CHUNK)
+        bias = parameter_tile(bias_ptr, columns, ROWS, WIDTH, CHUNK)
+        y = (pieces[chunk] - mean[:, None]) * rstd[:, None] * weight + bias
         if state_ptr is not None:
             y *= keep_factors(key, sequence, place, chunk * CHUNK, CHUNK, THRESHOLD, SCALE)
         y = tl.where(live[:, None], y, 0.0)
@@ -134,7 +135,10 @@ def _embedding_bwd_kernel(
 ):  # fmt: skip
     LIMIT: tl.constexpr = WORDS + POSITIONS + SEGMENTS
     program = tl.program_id(0)
-    weight_sums, bias_sums = (), ()
+    weight_sums, bias_sums, weights = (), (), ()
+    for chunk in tl.static_range(CHUNKS):
+        columns = chunk * CHUNK + tl.arange(0, CHUNK)
+        weights = weights + (parameter_row(weight_ptr, columns, WIDTH),)
     if HELD:
         for _ in tl.static_range(CHUNKS):
             weight_sums = weight_sums + (tl.zeros([ROWS, CHUNK], tl.float32),)
@@ -174,12 +178,11 @@ def _embedding_bwd_kernel(
             ).to(tl.float32)  # fmt: skip
             if state_ptr is not None:
                 dy *= keep_factors(key, sequence, place, chunk * CHUNK, CHUNK, THRESHOLD, SCALE)
-            weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
             total = _total(
                 word_ptr, position_ptr, segment_ptr, word, position, segment, known, columns, WIDTH
             )
             normed = (total - mean[:, None]) * rstd[:, None]
-            scaled = dy * weight[None, :]
+            scaled = dy * weights[chunk]
             scaled_sum += scaled
             product_sum += scaled * normed
             if HELD:

@@ -37,15 +37,36 @@ def _column_mask(columns, row_mask, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def parameter_row(ptr, columns, WIDTH: tl.constexpr):
+    """[1, columns] fp32, for loops: before the loop, it crosses from thread to thread once."""
+    return tl.load(ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def parameter_tile(ptr, columns, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """[ROWS, CHUNK] fp32, the same in all rows.
+
+    A vector would be read by other threads than need it, go through shared memory, and hold up
+    the loads behind it at the barriers; a tile is read where it is needed, out of the cache.
+    """
+    place = ptr + (tl.zeros([ROWS, 1], tl.int32) + columns[None, :])
+    if WIDTH % CHUNK == 0:
+        values = tl.load(place)
+    else:
+        values = tl.load(place, mask=(columns < WIDTH)[None, :], other=0.0)
+    return values.to(tl.float32)
+
+
+@triton.jit
 def _sum_of_parts(
-    x_ptr, x_bias_ptr, residual_ptr,
-    x_offset, residual_offset, columns, mask, column_mask, keep,
+    x_ptr, x_bias, residual_ptr,
+    x_offset, residual_offset, columns, mask, keep,
 ):  # fmt: skip
     total = tl.load(x_ptr + x_offset[:, None] + columns[None, :], mask=mask, other=0.0).to(
         tl.float32
     )
-    if x_bias_ptr is not None:
-        total += tl.load(x_bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    if x_bias is not None:
+        total += x_bias
     if keep is not None:
         total *= keep
     if residual_ptr is not None:
@@ -83,10 +104,12 @@ def _layer_norm_fwd_kernel(
         keep = None
         if state_ptr is not None:
             keep = keep_factors(key, sequence, position, chunk * CHUNK, CHUNK, THRESHOLD, SCALE)
+        x_bias = None
+        if x_bias_ptr is not None:
+            x_bias = parameter_tile(x_bias_ptr, columns, ROWS, WIDTH, CHUNK)
         piece = _sum_of_parts(
-            x_ptr, x_bias_ptr, residual_ptr,
-            wide_row * x_row_stride, wide_row * residual_row_stride,
-            columns, mask, columns < WIDTH, keep,
+            x_ptr, x_bias, residual_ptr,
+            wide_row * x_row_stride, wide_row * residual_row_stride, columns, mask, keep,
         )  # fmt: skip
         chunk_sum += piece
         pieces = pieces + (piece,)
@@ -107,10 +130,9 @@ def _layer_norm_fwd_kernel(
     for chunk in tl.static_range(CHUNKS):
         columns = chunk * CHUNK + tl.arange(0, CHUNK)
         mask = _column_mask(columns, row_mask, WIDTH, CHUNK)
-        weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-        bias = tl.load(bias_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-        normed = (pieces[chunk] - mean[:, None]) * rstd[:, None]
-        y = normed * weight[None, :] + bias[None, :]
+        weight = parameter_tile(weight_ptr, columns, ROWS, WIDTH, CHUNK)
+        bias = parameter_tile(bias_ptr, columns, ROWS, WIDTH, CHUNK)
+        y = (pieces[chunk] - mean[:, None]) * rstd[:, None] * weight + bias
         tl.store(y_ptr + wide_row[:, None] * WIDTH + columns[None, :], y, mask=mask)
 
 
@@ -129,7 +151,12 @@ def _layer_norm_bwd_kernel(
 ):  # fmt: skip
     program = tl.program_id(0)
     weight_sums, bias_sums, x_bias_sums = (), (), ()
-    for _ in tl.static_range(CHUNKS):
+    weights, x_biases = (), ()
+    for chunk in tl.static_range(CHUNKS):
+        columns = chunk * CHUNK + tl.arange(0, CHUNK)
+        weights = weights + (parameter_row(weight_ptr, columns, WIDTH),)
+        if x_bias_ptr is not None:
+            x_biases = x_biases + (parameter_row(x_bias_ptr, columns, WIDTH),)
         weight_sums = weight_sums + (tl.zeros([ROWS, CHUNK], tl.float32),)
         bias_sums = bias_sums + (tl.zeros([ROWS, CHUNK], tl.float32),)
         if SUMS == 3:
@@ -159,16 +186,15 @@ def _layer_norm_bwd_kernel(
                 keep = keep_factors(key, sequence, position, chunk * CHUNK, CHUNK, THRESHOLD, SCALE)
                 keep_pieces = keep_pieces + (keep,)
             total = _sum_of_parts(
-                x_ptr, x_bias_ptr, residual_ptr,
+                x_ptr, x_biases[chunk] if x_bias_ptr is not None else None, residual_ptr,
                 wide_row * x_row_stride, wide_row * residual_row_stride,
-                columns, mask, columns < WIDTH, None if X_IS_TOTAL else keep,
+                columns, mask, None if X_IS_TOTAL else keep,
             )  # fmt: skip
             dy = tl.load(
                 dy_ptr + wide_row[:, None] * dy_row_stride + columns[None, :], mask=mask, other=0.0
             ).to(tl.float32)
-            weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
             normed = (total - mean[:, None]) * rstd[:, None]
-            scaled = dy * weight[None, :]
+            scaled = dy * weights[chunk]
             scaled_sum += scaled
             product_sum += scaled * normed
             new_weight_sums = new_weight_sums + (weight_sums[chunk] + dy * normed,)
@@ -221,14 +247,18 @@ def _piece_of_wide_row(
     keep = None
     if key is not None:
         keep = keep_factors(key, sequence, position, first_column, CHUNK, THRESHOLD, SCALE)
+    ROWS: tl.constexpr = mean.shape[0]
+    x_bias = None
+    if x_bias_ptr is not None:
+        x_bias = parameter_tile(x_bias_ptr, columns, ROWS, WIDTH, CHUNK)
     total = _sum_of_parts(
-        x_ptr, x_bias_ptr, residual_ptr, x_offset, residual_offset,
-        columns, mask, columns < WIDTH, None if X_IS_TOTAL else keep,
+        x_ptr, x_bias, residual_ptr, x_offset, residual_offset,
+        columns, mask, None if X_IS_TOTAL else keep,
     )  # fmt: skip
     dy = tl.load(dy_ptr + dy_offset[:, None] + columns[None, :], mask=mask, other=0.0)
-    weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    weight = parameter_tile(weight_ptr, columns, ROWS, WIDTH, CHUNK)
     normed = (total - mean[:, None]) * rstd[:, None]
-    return dy.to(tl.float32), weight[None, :], normed, keep, mask
+    return dy.to(tl.float32), weight, normed, keep, mask
 
 
 # rows too wide to lie in registers beside those sums: one program owns CHUNK columns of its rows.
