@@ -33,6 +33,7 @@ _EXPECTED = {
 # registers leave room for two or three programs of four warps, whose products and softmax overlap,
 # or for one of eight, which waits for each; and smaller tiles straddle fewer sequences
 _EXPECTED["sm_90", "attention_fwd", 64] = Launch(64, 64, num_warps=4, num_stages=3)
+_EXPECTED["sm_90", "attention_fwd_owned_128", 64] = Launch(128, 32, num_warps=8, num_stages=2)
 _EXPECTED["sm_90", "attention_bwd_query", 64] = Launch(64, 64, num_warps=4, num_stages=2)
 _EXPECTED["sm_90", "attention_bwd_key", 64] = Launch(64, 32, num_warps=4, num_stages=2)
 _EXPECTED["sm_90", "attention_bwd_owned_128", 64] = Launch(128, 128, num_warps=8, num_stages=1)
