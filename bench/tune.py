@@ -101,9 +101,16 @@ def candidates(kernel: str, size: int) -> Iterator[Launch]:
     if kernel.startswith(("layer_norm", "embedding")):
         columns = launch.chunk_columns(size)
         for rows, warps in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8)):
-            for programs in (1, 2, 3, 4) if kernel.endswith("bwd") else (1,):
-                if 128 <= rows * size // warps <= 4096:
-                    yield Launch(rows, columns, num_warps=warps, programs_per_processor=programs)
+            for programs in (2, 4, 6, 8) if kernel.endswith("bwd") else (1,):
+                for stages in (2, 3) if kernel == "layer_norm_bwd" else (2,):
+                    if 128 <= rows * size // warps <= 4096:
+                        yield Launch(
+                            rows,
+                            columns,
+                            num_warps=warps,
+                            num_stages=stages,
+                            programs_per_processor=programs,
+                        )
     elif kernel.startswith("bias_activation"):
         tiles = itertools.product((1, 4, 8, 16), (128, 256, 512, 1024), (4, 8))
         for (rows, columns, warps), programs in itertools.product(

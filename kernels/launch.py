@@ -180,7 +180,7 @@ def configure(kernel: str, tensor: Tensor, size: int) -> Launch:
     Returns:
         The override file's row, else the table's, else a default that is safe everywhere.
     """
-    return measured(kernel, tensor, size) or default(kernel, size)
+    return measured(kernel, tensor, size) or default(kernel, size, tensor.element_size())
 
 
 def measured(kernel: str, tensor: Tensor, size: int) -> Launch | None:
@@ -192,7 +192,7 @@ def measured(kernel: str, tensor: Tensor, size: int) -> Launch | None:
     return row.launch if row else None
 
 
-def default(kernel: str, size: int) -> Launch:
+def default(kernel: str, size: int, itemsize: int = 2) -> Launch:
     """A launch that is safe on every architecture: no spills, at most 64 KiB of shared memory."""
     if kernel in ("layer_norm_fwd", "embedding_fwd"):
         return _row_launch(size, elements=4096, elements_per_warp=1024)
@@ -205,15 +205,20 @@ def default(kernel: str, size: int) -> Launch:
             chosen = _row_launch(size, elements=512, elements_per_warp=256)
             chosen = replace(chosen, num_stages=1)
         else:
-            chosen = _row_launch(size, elements=1024, elements_per_warp=512)
-        return replace(chosen, programs_per_processor=max(1, 12 // chosen.num_warps))
+            chosen = _row_launch(size, elements=1024, elements_per_warp=384)
+            # with two stages the next block is asked for when this one is done; the third asks
+            # while one is worked on, and wide elements leave it no room on smaller cards
+            chosen = replace(chosen, num_stages=3 if itemsize == 2 else 2)
+        # a thread holds twelve elements where there are two warps, eight where there are more
+        warps = 16 if chosen.num_warps > 2 else 12
+        return replace(chosen, programs_per_processor=max(1, warps // chosen.num_warps))
     if kernel == "embedding_bwd" and size > HELD_WIDTH:
         return Launch(rows=1, columns=min(chunk_columns(size), 2048), num_warps=16)
     if kernel == "embedding_bwd":
         # three look-ups take more registers than a sum of two; many rows, or masked columns, take
         # more predicates than ptxas has for a warp of the usual size
         crowded = size <= 64 or size % chunk_columns(size)
-        per_warp = 128 if crowded else 256
+        per_warp = 128 if crowded else 512
         chosen = _row_launch(size, elements=1024, elements_per_warp=per_warp)
         return replace(
             chosen,
@@ -240,7 +245,8 @@ def default(kernel: str, size: int) -> Launch:
     if kernel == "attention_words":
         return Launch(rows=256, columns=1, num_warps=4)
     if kernel == "column_sum":
-        return Launch(rows=32, columns=32, num_warps=4)
+        # rows are few: what counts is how many loads are on their way at once
+        return Launch(rows=128, columns=32, num_warps=4)
     if kernel == "run_sums":
         return Launch(rows=32, columns=_columns(size, 1024), num_warps=4)
     if kernel == "join_runs":
@@ -250,7 +256,7 @@ def default(kernel: str, size: int) -> Launch:
     if kernel == "cross_entropy":
         return Launch(rows=1, columns=_columns(size, 4096), num_warps=8)
     if kernel == "bias_gradient":
-        return Launch(rows=32, columns=128, num_warps=4)
+        return Launch(rows=64, columns=128, num_warps=4)
     raise KeyError(kernel)
 
 
