@@ -88,6 +88,11 @@ def test_words_of_a_text_keep_their_characters() -> None:
     assert "".join(words) == text.replace(" ", "")
 
 
+def test_wide_spaces_are_words(tmp_path) -> None:
+    path = write(tmp_path / "a.bmes", "高 B-X\n\u3000 O\n\u00a0  O \n\u3000\n勇 E-X\n")
+    assert [s.words for s in read_tagged(path).sentences] == [("高", "\u3000", "\u00a0"), ("勇",)]
+
+
 def test_one_scheme_is_read_as_what_it_begins(tmp_path) -> None:
     said: list[str] = []
     path = write(tmp_path / "a.conll", "a I-X\nb I-X\nc B-X\nd O\n")

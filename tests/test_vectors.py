@@ -47,6 +47,8 @@ def test_vectors_lie_beside_their_ids(model, tmp_path, capsys) -> None:
     asked = Saved.from_pretrained(model).ask(["river stone", "winter", "harbour", "stone"])
     expected = np.array([answer["embedding"] for answer in asked])
     assert vectors.shape == (4, 36) and np.abs(vectors - expected).max() <= 1e-6
+    assert main([*command, "--token-budget", "0"]) == 2
+    assert "--token-budget must be at least 1" in capsys.readouterr().err
     # nothing that is there is written over
     assert main(command) == 2
     assert "name a new .npy file" in capsys.readouterr().err

@@ -52,8 +52,7 @@ def _predict(given: argparse.Namespace) -> None:
     from fastbert.tasks.predict import predict
     from fastbert.training.loop import compute_dtype, default_device
 
-    if given.token_budget < 1:
-        raise InputError(f"--token-budget must be at least 1, got {given.token_budget}")
+    _refuse_budget(given.token_budget)
     predict(
         given.model,
         given.files,
@@ -79,6 +78,7 @@ def _embed(given: argparse.Namespace) -> None:
     from fastbert.tasks.vectors import embed_files
     from fastbert.training.loop import compute_dtype, default_device
 
+    _refuse_budget(given.token_budget)
     device = default_device()
     embed_files(
         given.model,
@@ -86,7 +86,7 @@ def _embed(given: argparse.Namespace) -> None:
         given.out,
         device=device,
         dtype=compute_dtype(given.dtype, device),
-        token_budget=max(given.token_budget, 1),
+        token_budget=given.token_budget,
     )
 
 
@@ -141,6 +141,11 @@ def _evaluate(given: argparse.Namespace) -> None:
 
 _OF_TEXT: dict[str, str | None] = {"max_seq_len": None, "objective": None, "doc_sep": "auto"}
 _OF_EXAMPLES: dict[str, str | None] = {"out": None, "encoding": None}
+
+
+def _refuse_budget(tokens: int) -> None:
+    if tokens < 1:
+        raise InputError(f"--token-budget must be at least 1, got {tokens}")
 
 
 def _refuse(given: argparse.Namespace, flags: dict[str, str | None], whose: str) -> None:

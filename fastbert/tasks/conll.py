@@ -26,6 +26,7 @@ ACCEPTED = (
 )
 _DOCUMENT = "-DOCSTART-"
 _WORDS = ("tokens", "words")
+_BETWEEN = re.compile(r"[ \t]+")
 _TAGS = ("tags", "ner_tags", "labels", "ner", "slots")
 _SPANS = ("entities", "spans", "slots", "label", "labels")
 # runs of letters and digits, Chinese characters one by one, anything else by itself
@@ -93,7 +94,8 @@ def _read_columns(path: Path, encoding: str) -> Tagged:
             continue
         if not width:
             separator = "\t" if "\t" in text else None
-        fields = [field for field in text.split(separator) if field or separator]
+        # a wide or unbreakable space is a word in some files, as any other character
+        fields = text.split("\t") if separator else [f for f in _BETWEEN.split(text) if f]
         fields[-1] = fields[-1].strip()
         if fields[0].strip() == _DOCUMENT:
             documents += 1
