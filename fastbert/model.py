@@ -259,7 +259,7 @@ class Model(nn.Module):
         nobody names the draw, as other people's training code expects.
 
         Raises:
-            ValueError: a packed batch with a mask.
+            ValueError: a packed batch with a mask; a mask without a token.
         """
         if isinstance(input_ids, PackedBatch):
             if attention_mask is not None or token_type_ids is not None:
@@ -268,6 +268,11 @@ class Model(nn.Module):
                 )
             return Call(input_ids, rng)
         batch, rows = pack(input_ids, attention_mask, token_type_ids)
+        if not batch.num_tokens:
+            raise ValueError(
+                f"the batch {list(input_ids.shape)} has no token: attention_mask must be 1 at one "
+                "or more"
+            )
         if self.config.position_offset:
             batch.position_ids = positions_of_tokens(input_ids, self.config.pad_token_id)[rows]
         if rng is None and self.training:

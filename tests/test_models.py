@@ -368,6 +368,13 @@ def test_outputs_read_by_position_key_and_attribute():
     assert output[0] is output.loss and output[1] is output.logits
 
 
+@pytest.mark.parametrize("mask", [torch.zeros(2, 3, dtype=torch.long), None])
+def test_a_padded_call_without_a_token_is_refused(mask):
+    ids = torch.ones(2, 3 if mask is not None else 0, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"the batch \[2, [03]\] has no token: attention_mask"):
+        fresh(BertModel)(ids, mask)
+
+
 def test_a_packed_batch_takes_no_mask():
     batch = tiny_examples([4]).batch([0])
     with pytest.raises(ValueError, match="a PackedBatch carries its own segments"):
