@@ -38,8 +38,8 @@ def evaluate_task(
         model: a run of `fastbert finetune`, or its model folder.
         sources: one file (or folder, where the task reads folders), as in training.
         dtype: of matrix products: auto, fp32 or bf16.
-        out: a new folder, or none, for scores.json, errors.jsonl (the rows answered wrongly) and
-            confusion.png.
+        out: a new folder, or none, for scores.json, errors.jsonl (the rows answered wrongly, where
+            answers are right or wrong) and confusion.png.
         encoding: of the file.
         say: told what the reader does.
 
@@ -67,11 +67,13 @@ def evaluate_task(
     lines += table_lines(scores.table)
     if folder is not None:
         answers = saved.task.answers(rows, units, raw)
-        wrong = [
-            answer
+        judged = [
+            (answer, saved.task.is_right(row, answer))
             for row, answer in zip(rows, answers, strict=True)
-            if saved.task.is_right(row, answer) is False
         ]
+        # a score is neither right nor wrong: an empty file would read as no errors
+        known = any(right is not None for _, right in judged)
+        wrong = [answer for answer, right in judged if right is False] if known else None
         _write(folder, scores, wrong)
         lines.append(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     return lines
@@ -93,7 +95,7 @@ def table_lines(table: Sequence[ClassScore]) -> list[str]:
     ]
 
 
-def _write(folder: Path, scores: Scores, wrong: Sequence[dict[str, Any]]) -> None:
+def _write(folder: Path, scores: Scores, wrong: Sequence[dict[str, Any]] | None) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -102,8 +104,9 @@ def _write(folder: Path, scores: Scores, wrong: Sequence[dict[str, Any]]) -> Non
         table = [row.__dict__ for row in scores.table]
         json.dump({**scores.figures, "classes": table}, file, indent=2)
         file.write("\n")
-    with atomic_write(folder / ERRORS_FILE) as file:
-        file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in wrong)
+    if wrong is not None:
+        with atomic_write(folder / ERRORS_FILE) as file:
+            file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in wrong)
     if scores.confusion is not None:
         draw_confusion(folder / CONFUSION_FILE, *scores.confusion)
 
