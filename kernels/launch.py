@@ -205,7 +205,8 @@ def default(kernel: str, size: int, itemsize: int = 2) -> Launch:
             chosen = _row_launch(size, elements=512, elements_per_warp=256)
             chosen = replace(chosen, num_stages=1)
         else:
-            chosen = _row_launch(size, elements=1024, elements_per_warp=384)
+            # rows cost predicates too
+            chosen = _row_launch(size, elements=512 if size <= 128 else 1024, elements_per_warp=384)
             # with two stages the next block is asked for when this one is done; the third asks
             # while one is worked on, and wide elements leave it no room on smaller cards
             chosen = replace(chosen, num_stages=3 if itemsize == 2 else 2)
@@ -217,8 +218,8 @@ def default(kernel: str, size: int, itemsize: int = 2) -> Launch:
     if kernel == "embedding_bwd":
         # three look-ups take more registers than a sum of two; many rows, or masked columns, take
         # more predicates than ptxas has for a warp of the usual size
-        crowded = size <= 64 or size % chunk_columns(size)
-        per_warp = 128 if crowded else 512
+        crowded = size <= 128 or size % chunk_columns(size)
+        per_warp = 128 if crowded else 1024 // itemsize
         chosen = _row_launch(size, elements=1024, elements_per_warp=per_warp)
         return replace(
             chosen,
@@ -254,7 +255,7 @@ def default(kernel: str, size: int, itemsize: int = 2) -> Launch:
     if kernel == "gather_rows":
         return Launch(rows=4, columns=_columns(size, 1024), num_warps=4)
     if kernel == "cross_entropy":
-        return Launch(rows=1, columns=_columns(size, 4096), num_warps=8)
+        return Launch(rows=1, columns=_columns(size, 2048), num_warps=4)
     if kernel == "bias_gradient":
         return Launch(rows=64, columns=128, num_warps=4)
     raise KeyError(kernel)
