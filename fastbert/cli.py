@@ -43,11 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, or 2 after bad input, which is explained in one line.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] and words[0] in BENCH:
-        return _bench(words)
     sleep_soon()
     ask_for_large_pages()
     try:
+        if words[:1] and words[0] in BENCH:
+            return _bench(words)
         given = _parser().parse_args(words, argparse.Namespace(words=words))
         given.handler(given)
     except InputError as error:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# turns of the waiting loop before a thread sleeps, some tenths of a millisecond: longer than the
-# gaps between a small step's operators; GNU OpenMP's default is 300,000 and more
+# turns of the waiting loop before a thread sleeps: longer than the gaps between a small step's
+# operators; GNU OpenMP's default is 300,000 and more
 SPINS = "20000"
 
 
@@ -13,9 +13,8 @@ def sleep_soon() -> None:
     """Let idle OpenMP threads sleep soon, unless the environment says otherwise.
 
     On a machine that also does other work, a spinning thread takes the core that the thread it
-    waits for needs, and a training step takes several times as long. A thread that sleeps at once
-    has to be woken for every operator: with two threads, steps on a few hundred tokens are then no
-    faster than with one.
+    waits for needs. A thread that sleeps at once has to be woken for every operator, of which a
+    step on a few hundred tokens has many and short ones.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)

@@ -329,3 +329,17 @@ def test_chinese_vocabulary_trains_with_the_right_ids(data: Path, tmp_path: Path
     assert saved.vocab_size == 21_128
     assert saved.id_to_token(343) == "\u2028"
     assert saved.id_to_token(13502) == "##\u2028"
+
+
+@pytest.mark.parametrize("words", [["bench", "tasks", "--list"], ["doctor"]])
+def test_a_reader_that_goes_leaves_no_traceback(words):
+    started = subprocess.Popen(
+        [sys.executable, "-m", "fastbert", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    started.stdout.close()
+    told = started.stderr.read()
+    assert "Traceback" not in told and started.wait() == 0, told
