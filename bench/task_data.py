@@ -24,6 +24,8 @@ _TRAINED_ON = 150
 _WORD = re.compile(r"[a-z0-9]+")
 # documents of BM25 that a reranker orders anew
 _FIRST = 50
+# irrelevant ones of them beside the text that a title stands over
+_BESIDE = 7
 
 
 class Files(NamedTuple):
@@ -158,7 +160,11 @@ def _write_collection(folder: Path, whole: Cranfield, queries: Sequence[str]) ->
 
 
 def cranfield_lists(data: Path, folder: Path) -> Files:
-    """Lists of passages: the judged ones and BM25's first, to train on and to order anew."""
+    """Lists of passages: the judged ones and BM25's first, to train on and to order anew.
+
+    150 queries are few: titles are trained on as well, as queries for the texts under them
+    (MacAvaney et al. 2019, "Content-Based Weak Supervision for Ad-Hoc Re-Ranking").
+    """
     whole = Cranfield.read(data)
     texts = {name: " ".join(parts).strip() for name, parts in whole.documents.items()}
     engine = BM25(list(texts.values()))
@@ -179,10 +185,28 @@ def cranfield_lists(data: Path, folder: Path) -> Files:
                 labels = [gains.get(name, 0.0) for name in listed]
                 passages = [texts[name] for name in listed]
                 rows.append({"query": whole.queries[query], "passages": passages, "labels": labels})
+        if out == "train":
+            rows += _titled_lists(whole)
         path = folder / f"{out}.jsonl"
         _write_lines(path, rows)
         written.append(path)
     return Files(*written)
+
+
+def _titled_lists(whole: Cranfield) -> Iterator[dict[str, Any]]:
+    """Of documents under one title the first."""
+    texts: dict[str, str] = {}
+    for title, text in whole.documents.values():
+        if title and text:
+            texts.setdefault(title, text)
+    titles = list(texts)
+    engine = BM25(list(texts.values()))
+    rng = np.random.default_rng(0)
+    for own, title in enumerate(titles):
+        found = [number for number in engine.rank(title)[:_FIRST] if number != own]
+        others = rng.permutation(found)[:_BESIDE]
+        passages = [texts[title], *(texts[titles[number]] for number in others)]
+        yield {"query": title, "passages": passages, "labels": [1.0] + [0.0] * len(others)}
 
 
 def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:

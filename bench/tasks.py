@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastbert.bench import task_peer, task_speed
 from fastbert.bench.machine import describe
 from fastbert.bench.task_cases import CASES, TaskCase
@@ -32,7 +34,9 @@ from fastbert.bench.task_results import (
 from fastbert.config import EncoderConfig
 from fastbert.errors import InputError
 from fastbert.files import atomic_write
+from fastbert.tasks.groups import Group
 from fastbert.tasks.registry import make_task
+from fastbert.tasks.rerank import order_figures
 from fastbert.tasks.saved import Saved
 from fastbert.tasks.task import Task
 from fastbert.tokenizer import Tokenizer
@@ -165,6 +169,10 @@ class Bench:
             result["before"] = before_training(case, self.model, str(files.evaluation))
         if case.task == "embed" and files.evaluation.is_dir():
             result["bm25"] = bm25_figures(files.evaluation)
+        if case.task == "rerank":
+            # the lists come as BM25 has them
+            rows = make_task(case.task).read(str(files.evaluation), print)
+            result["bm25"] = order_figures(rows, -np.arange(len(rows)))
         return result
 
     def theirs(self, case: TaskCase, files: Files, seed: int) -> dict[str, Any] | None:
@@ -284,7 +292,13 @@ def before_training(case: TaskCase, model: str, path: str) -> dict[str, float]:
     device = default_device()
     body = task.restore_model(Path(model)).to(device)
     tokenizer = Saved.from_pretrained(model).tokenizer
-    rows = task.read(path, print)
     saved = Saved(task, [body], tokenizer)
+    if case.task == "rerank":
+        rows = make_task(case.task).read(path, print)
+        pairs = saved.build([Group((row.text, row.second)) for row in rows])
+        vectors = saved.run(pairs).sequences
+        assert vectors is not None
+        return order_figures(rows, (vectors[0::2] * vectors[1::2]).sum(axis=-1))
+    rows = task.read(path, print)
     units = saved.build(rows)
     return task.score(rows, units, saved.run(units)).figures

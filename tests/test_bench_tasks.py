@@ -16,6 +16,7 @@ from fastbert.bench.task_data import (
     Files,
     bm25_figures,
     choices_of_squad,
+    cranfield_lists,
     cranfield_pairs,
     trec,
 )
@@ -23,6 +24,7 @@ from fastbert.bench.task_speed import OURS, THEIRS
 from fastbert.errors import InputError
 from fastbert.models import BertModel
 from fastbert.tasks.registry import TASKS, make_task
+from fastbert.tasks.rerank import order_figures
 from fastbert.tasks.squad import read_questions
 from fastbert.tasks.task import Raw
 from fastbert.training.finetune_config import FinetuneConfig
@@ -63,6 +65,30 @@ def test_cranfield_is_matched_by_order(data, tmp_path) -> None:
     assert rows.kind == "pairs" and len(rows) > 900
     figures = bm25_figures(files.evaluation)
     assert 0.2 < figures["ndcg_at_10"] < 0.6
+
+
+def test_lists_of_cranfield(data, tmp_path) -> None:
+    if not (data / "retrieval" / "cranfield").is_dir():
+        pytest.skip(f"the public data at {data} lack retrieval/cranfield")
+    whole = Cranfield.read(data)
+    files = cranfield_lists(data, tmp_path)
+    train, held_out = (
+        make_task("rerank").read(str(path), lambda _: None)
+        for path in (files.train, files.evaluation)
+    )
+    asked = list(whole.queries.values())
+    # one of 75 has nothing relevant among BM25's first 50
+    own = list(dict.fromkeys(row.text for row in held_out))
+    assert len(own) == 74 and set(own) <= set(asked[150:]) and len(held_out) == 74 * 50
+    queries = list(dict.fromkeys(row.text for row in train))
+    assert queries[:150] == asked[:150] and not set(queries) & set(own)
+    # the others are titles, each for the text under it
+    titled = {title: text for title, text in reversed(whole.documents.values()) if title and text}
+    relevant = [row for row in train if row.text not in asked and float(row.label) > 0]
+    assert {row.text: row.second for row in relevant} == titled
+    assert len(relevant) == len(titled) == len(queries) - 150
+    figures = order_figures(held_out, -np.arange(len(held_out)))
+    assert 0.4 < figures["ndcg_at_10"] < 0.55
 
 
 def test_trec_has_six_classes(data, tmp_path) -> None:

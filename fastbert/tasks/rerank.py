@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,7 +35,11 @@ _POSITIVES, _NEGATIVES = ("positives", "positive", "pos"), ("negatives", "negati
 
 @dataclass
 class Rerank(PairTask):
-    """A relevance a query and passage, to order a query's passages by."""
+    """A relevance a query and passage, to order a query's passages by.
+
+    Attributes:
+        odds: relevant passages over others, among the training rows.
+    """
 
     name: ClassVar[str] = "rerank"
     summary: ClassVar[str] = "how relevant a passage is to a query"
@@ -50,6 +54,8 @@ class Rerank(PairTask):
     )
 
     label_column: str | None = option("how relevant; guessed from the names")
+
+    odds: float = field(default=1.0, init=False)
 
     def __post_init__(self) -> None:
         self.pair = True
@@ -89,8 +95,10 @@ class Rerank(PairTask):
     def fit(self, rows: Sequence[Row], where: str = "training rows") -> None:
         self.labels = ["relevance"]
         self.check(rows, where)
-        if all(_gain(row, where) > 0 for row in rows):
+        relevant = sum(_gain(row, where) > 0 for row in rows)
+        if relevant == len(rows):
             raise InputError(f"{where}: every passage is relevant; others are needed too")
+        self.odds = relevant / (len(rows) - relevant)
 
     def check(self, rows: Sequence[Row], where: str = "evaluation rows") -> None:
         if not any(_gain(row, where) > 0 for row in rows):
@@ -99,7 +107,12 @@ class Rerank(PairTask):
     def load(
         self, folder: Path, *, dropout: float | None = None, seed: int = 0
     ) -> tuple[nn.Module, list[str]]:
-        return self.load_classifier(folder, dropout, seed)
+        model, fresh = self.load_classifier(folder, dropout, seed)
+        if "classifier" in fresh:
+            # the log-odds of any passage at all (Lin et al. 2017, section 4.1): from 0 the whole
+            # model moves until it says "not relevant" throughout, and stays there
+            nn.init.constant_(model.classifier.dense.bias, math.log(self.odds))
+        return model, fresh
 
     def restore_model(self, folder: Path) -> nn.Module:
         config = EncoderConfig.from_pretrained(folder)
@@ -147,21 +160,25 @@ class Rerank(PairTask):
     def score(self, rows: Sequence[Row], units: Units, raw: Raw) -> Scores:
         assert raw.sequences is not None and units.values is not None
         logits = raw.sequences[:, 0]
-        by_query: dict[str, list[int]] = {}
-        for number, row in enumerate(rows):
-            by_query.setdefault(row.text, []).append(number)
-        ranked, gains = {}, {}
-        for query, numbers in by_query.items():
-            order = sorted(numbers, key=lambda number: -logits[number])
-            ranked[query] = [str(number) for number in order]
-            gains[query] = {str(number): float(rows[number].label) for number in numbers}
-        figures = ranking_scores(ranked, gains)
-        shown = {name: figures[name] for name in ("ndcg_at_10", "mrr_at_10")}
         right = (logits > 0) == (units.values[:, 0] > 0.5)
-        return Scores({**shown, "accuracy": float(right.mean())})
+        return Scores({**order_figures(rows, logits), "accuracy": float(right.mean())})
 
     def rows_of(self, inputs: Sequence[Any], places: Sequence[str]) -> list[Row]:
         return self.rows_of_texts(inputs, places)
+
+
+def order_figures(rows: Sequence[Row], scores: np.ndarray) -> dict[str, float]:
+    """ndcg_at_10 and mrr_at_10 of each query's passages by [rows] scores, the greatest first."""
+    by_query: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        by_query.setdefault(row.text, []).append(number)
+    ranked, gains = {}, {}
+    for query, numbers in by_query.items():
+        order = sorted(numbers, key=lambda number: -scores[number])
+        ranked[query] = [str(number) for number in order]
+        gains[query] = {str(number): float(rows[number].label) for number in numbers}
+    figures = ranking_scores(ranked, gains)
+    return {name: figures[name] for name in ("ndcg_at_10", "mrr_at_10")}
 
 
 def _gain(row: Row, where: str) -> float:
