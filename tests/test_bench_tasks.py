@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -89,6 +91,20 @@ def test_lists_of_cranfield(data, tmp_path) -> None:
     assert len(relevant) == len(titled) == len(queries) - 150
     figures = order_figures(held_out, -np.arange(len(held_out)))
     assert 0.4 < figures["ndcg_at_10"] < 0.55
+
+
+def test_untrained_vectors_order_passages_by_cosine(small, tmp_path) -> None:
+    case = next(case for case in CASES if case.name == "cranfield-rerank")
+    case = dataclasses.replace(case, settings={"max_seq_len": 16})
+    path = tmp_path / "lists.jsonl"
+    rows = [
+        # nothing is as near to a text as itself
+        {"query": query, "passages": [*others, query], "labels": [0, 0, 1]}
+        for query, others in (("river", ["stone", "winter"]), ("garden stone", ["river", "letter"]))
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures = tasks.before_training(case, str(small), str(path))
+    assert figures == {"ndcg_at_10": 1.0, "mrr_at_10": 1.0}
 
 
 def test_trec_has_six_classes(data, tmp_path) -> None:
