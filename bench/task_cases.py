@@ -236,7 +236,7 @@ CASES = (
         ("ndcg_at_10", "mrr_at_10"),
         "above BM25's order",
         settings={
-            "epochs": 3,
+            "epochs": 2,
             "max_seq_len": 128,
             "keep_best": False,
             "evaluate_epochs": 0,

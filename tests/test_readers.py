@@ -529,7 +529,7 @@ def test_encodings_that_keep_ascii(tmp_path, encoding) -> None:
         ("choose", {"first_label": 1}),
         ("classify", {"columns": "label,text", "quoting": "none"}),
         ("similarity", {"columns": "text_a,text_b,score", "quoting": "csv"}),
-        ("rerank", {"columns": "a,b,c", "label_column": "c"}),
+        ("rerank", {"columns": "a,b,c", "label_column": "c", "manner": "passages"}),
     ],
 )
 def test_other_files_are_read_as_the_training_file(name, options) -> None:

@@ -67,7 +67,7 @@ def test_a_captured_step_of_a_task_is_the_eager_one(
     task.fit(rows, "rows")
     task.max_seq_len = 12 if case in WINDOWS else 32
     model, _ = task.load(start, dropout=0.0)
-    units = task.build(rows, tiny_tokenizer())
+    units = task.build(task.examples(rows, "rows", lambda _: None), tiny_tokenizer())
     batches = of_one_shape(units, WARM_STEPS + 3)
     counts = task.class_counts(units) if shaped else None
     weights = None if counts is None else class_weights("balanced", counts)

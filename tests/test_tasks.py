@@ -276,6 +276,16 @@ CASES = [
         ("relevance",),
         "AutoModelForSequenceClassification",
     ),
+    Case(
+        "rerank",
+        ranked,
+        "accuracy",
+        0.9,
+        ("harbour", "thunder"),
+        ("relevance",),
+        "AutoModelForSequenceClassification",
+        (("manner", "passages"),),
+    ),
 ]
 
 

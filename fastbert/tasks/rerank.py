@@ -17,10 +17,12 @@ from fastbert.errors import InputError
 from fastbert.kernels.ops import Rng
 from fastbert.metrics.ranking import ranking_scores
 from fastbert.models import BertForSequenceClassification, Targets
+from fastbert.tasks.candidates import Candidates, deal_candidates
 from fastbert.tasks.inference import sigmoid
-from fastbert.tasks.losses import Loss, Shaping, at_least_one, binary_loss
+from fastbert.tasks.losses import Loss, Shaping, at_least_one, binary_loss, choice_loss
 from fastbert.tasks.pairs import PairTask, pair_units
 from fastbert.tasks.records import Record, read_records, text_field
+from fastbert.tasks.sequences import say_share
 from fastbert.tasks.table import Row, read_table
 from fastbert.tasks.task import Outputs, Raw, Say, Scores, option
 from fastbert.tasks.units import TaskBatch, Units
@@ -30,6 +32,9 @@ ACCEPTED = (
     "query, passage and label (0 or more: how relevant) in .tsv, .csv or .jsonl; or .jsonl with "
     "query, passages and labels, or query, positives and negatives"
 )
+# losses: a softmax over a relevant passage and irrelevant ones of its query (Gao et al. 2021,
+# arXiv:2101.08751), or each passage by itself
+MANNERS = ("lists", "passages")
 _POSITIVES, _NEGATIVES = ("positives", "positive", "pos"), ("negatives", "negative", "neg")
 
 
@@ -45,7 +50,9 @@ class Rerank(PairTask):
     summary: ClassVar[str] = "how relevant a passage is to a query"
     best_by: ClassVar[str] = "ndcg_at_10"
     noun: ClassVar[str] = "passage"
+    parts: ClassVar[str] = "lists"
     kept: ClassVar[tuple[str, ...]] = (
+        "manner",
         "text_column",
         "pair_column",
         "label_column",
@@ -54,11 +61,20 @@ class Rerank(PairTask):
     )
 
     label_column: str | None = option("how relevant; guessed from the names")
-
+    manner: str = option(
+        "learn from lists, a relevant passage against irrelevant ones of its query, or from "
+        "passages one by one",
+        "lists",
+    )
+    negatives: int = option("irrelevant passages a list at most", 7)
     odds: float = field(default=1.0, init=False)
 
     def __post_init__(self) -> None:
         self.pair = True
+        if self.manner not in MANNERS:
+            raise InputError(f"--manner must be one of {', '.join(MANNERS)}, got {self.manner!r}")
+        if self.negatives < 1:
+            raise InputError(f"--negatives must be at least 1, got {self.negatives}")
 
     @property
     def shaped_by(self) -> tuple[str, ...]:
@@ -99,6 +115,28 @@ class Rerank(PairTask):
         if relevant == len(rows):
             raise InputError(f"{where}: every passage is relevant; others are needed too")
         self.odds = relevant / (len(rows) - relevant)
+        if self.manner == "lists" and not self._lists(rows, where):
+            raise InputError(
+                f"{where}: no query has a relevant passage and an irrelevant one; "
+                "--manner passages learns from each alone"
+            )
+
+    def examples(self, rows: Sequence[Row], where: str, say: Say) -> Sequence[Row | Candidates]:
+        if self.manner == "passages":
+            return rows
+        lists = self._lists(rows, where)
+        left_out = len(rows) - len({number for one in lists for number in one.numbers})
+        what = f"in no list: more than --negatives {self.negatives} take, or no other kind beside"
+        say_share(say, where, left_out, len(rows), "passage", what)
+        return lists
+
+    def units_a_step(self, batch_size: int) -> int:
+        if self.manner == "passages":
+            return batch_size
+        return max(batch_size // (1 + self.negatives), 1)
+
+    def _lists(self, rows: Sequence[Row], where: str) -> list[Candidates]:
+        return deal_candidates(rows, [_gain(row, where) for row in rows], self.negatives)
 
     def check(self, rows: Sequence[Row], where: str = "evaluation rows") -> None:
         if not any(_gain(row, where) > 0 for row in rows):
@@ -120,11 +158,30 @@ class Rerank(PairTask):
         return BertForSequenceClassification.from_pretrained(folder, config=config)
 
     def build(
-        self, rows: Sequence[Row], tokenizer: Tokenizer, *, name: str = "", say: Say | None = None
+        self,
+        rows: Sequence[Row | Candidates],
+        tokenizer: Tokenizer,
+        *,
+        name: str = "",
+        say: Say | None = None,
     ) -> Units:
-        units = pair_units(rows, tokenizer, self.max_seq_len or 512, name=name, say=say)
-        if all(row.label for row in rows):
-            gains = np.array([[float(row.label)] for row in rows], dtype=np.float32)
+        length = self.max_seq_len or 512
+        lists = [row for row in rows if isinstance(row, Candidates)]
+        if lists:
+            listed = [row for one in lists for row in one.rows]
+            units = pair_units(listed, tokenizer, length, name=name, say=say)
+            return Units(
+                units.input_ids,
+                units.token_type_ids,
+                cu_units=np.cumsum([0, *(len(one.rows) for one in lists)]),
+                rows=np.concatenate([one.numbers for one in lists]),
+                # the relevant passage comes first
+                unit_labels=np.zeros(len(lists), dtype=np.int64),
+            )
+        passages = [row for row in rows if isinstance(row, Row)]
+        units = pair_units(passages, tokenizer, length, name=name, say=say)
+        if all(row.label for row in passages):
+            gains = np.array([[float(row.label)] for row in passages], dtype=np.float32)
             units.values = (gains > 0).astype(np.float32)
         return units
 
@@ -132,8 +189,13 @@ class Rerank(PairTask):
         return Outputs(sequences=model(batch, rng=rng).logits)
 
     def loss(self, outputs: Outputs, batch: TaskBatch, targets: Targets, shaping: Shaping) -> Loss:
-        assert outputs.sequences is not None and batch.values is not None
-        found = binary_loss(outputs.sequences, batch.values, shaping)
+        assert outputs.sequences is not None and batch.cu_units is not None
+        if batch.unit_labels is not None:
+            scores = outputs.sequences.squeeze(-1)
+            found = choice_loss(scores, batch.cu_units, batch.unit_labels, shaping)
+        else:
+            assert batch.values is not None
+            found = binary_loss(outputs.sequences, batch.values, shaping)
         return Loss(found.total / at_least_one(targets.labelled), found.correct)
 
     def answers(self, rows: Sequence[Row], units: Units, raw: Raw) -> list[dict[str, Any]]:
@@ -155,13 +217,19 @@ class Rerank(PairTask):
         return f"{answer['relevance']:.4f}\t{line}"
 
     def is_right(self, row: Row, answer: dict[str, Any]) -> bool | None:
+        if self.manner == "lists":
+            # differences between a query's passages were learnt, not whether one is relevant
+            return None
         return (answer["relevance"] > 0.5) == (float(row.label) > 0)
 
     def score(self, rows: Sequence[Row], units: Units, raw: Raw) -> Scores:
-        assert raw.sequences is not None and units.values is not None
+        assert raw.sequences is not None
         logits = raw.sequences[:, 0]
-        right = (logits > 0) == (units.values[:, 0] > 0.5)
-        return Scores({**order_figures(rows, logits), "accuracy": float(right.mean())})
+        figures = order_figures(rows, logits)
+        if self.manner == "passages":
+            assert units.values is not None
+            figures["accuracy"] = float(((logits > 0) == (units.values[:, 0] > 0.5)).mean())
+        return Scores(figures)
 
     def rows_of(self, inputs: Sequence[Any], places: Sequence[str]) -> list[Row]:
         return self.rows_of_texts(inputs, places)

@@ -98,6 +98,7 @@ class Task(ABC):
         best_by: the figure that chooses among evaluations; more is better.
         kept: names of attributes that task.json keeps.
         noun: what a row is called.
+        parts: what units are called where they are not rows.
         labels: class names, in the order of the model's outputs.
         max_seq_len: tokens a sequence; None for the model's positions.
     """
@@ -107,6 +108,7 @@ class Task(ABC):
     best_by: ClassVar[str]
     kept: ClassVar[tuple[str, ...]] = ()
     noun: ClassVar[str] = "text"
+    parts: ClassVar[str] = "windows"
 
     encoding: str = option("of the files", "utf-8")
     labels: list[str] = field(default_factory=list, init=False)
@@ -150,6 +152,14 @@ class Task(ABC):
         Raises:
             InputError: rows that the training rows do not cover.
         """
+
+    def examples(self, rows: Sequence[Any], where: str, say: Say) -> Sequence[Any]:
+        """What `build` makes units to train on of: the rows, or several put together."""
+        return rows
+
+    def units_a_step(self, batch_size: int) -> int:
+        """Units to train on that an optimiser step of --batch-size takes."""
+        return batch_size
 
     @abstractmethod
     def load(

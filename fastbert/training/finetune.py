@@ -63,7 +63,8 @@ def finetune(
     task.fit(training, config.train)
     task.check(evaluation, config.eval)
     say_overlap(task, config.eval, training, evaluation, say)
-    steps_an_epoch(len(training), config.batch_size, config.accumulation)
+    examples = task.examples(training, config.train, say)
+    steps_an_epoch(len(examples), task.units_a_step(config.batch_size), config.accumulation)
     tokenizer = Tokenizer.from_pretrained(source)
     model, fresh = task.load(source, dropout=config.dropout, seed=config.seed)
     if fresh:
@@ -73,7 +74,7 @@ def finetune(
     folder = claim_run(config.out, settings, resume=config.resume)
     if begun is not None:
         begun()
-    return finetune_from(model, tokenizer, training, evaluation, config, folder, task=task, say=say)
+    return finetune_from(model, tokenizer, examples, evaluation, config, folder, task=task, say=say)
 
 
 def run_settings(task: Task, config: FinetuneConfig) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def finetune_from(
     Args:
         model: of the task, `config.labels` of it its label set; holds the kept weights afterwards.
         tokenizer: the model's.
-        train_rows, eval_rows: the task's, which has looked at them.
+        train_rows, eval_rows: the task's, which has looked at them; to train on, its `examples`.
         config: model, train, eval, out and dropout of it are not looked at.
         folder: of the run, there already; gets model/, report.json, metrics.jsonl, curves.png.
         task: None for classification by the model's labels.
@@ -146,7 +147,7 @@ def finetune_from(
         return {}
     report = {**run.report(), "wall_seconds": round(time.monotonic() - began, 1)}
     write_report(folder, report)
-    draw_curves(folder, f"{label}: {len(train_rows):,} {task.noun}s, {run.state.step:,} steps")
+    draw_curves(folder, f"{label}: {run.train_rows:,} {task.noun}s, {run.state.step:,} steps")
     remove_checkpoints(folder)
     say(f"{label}: {run.summary(report)}")
     say(f"{label}: model in {folder / MODEL_FOLDER}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastbert.data.epochs import EpochStream
@@ -55,7 +56,7 @@ class Run:
         config = self.config
         self.stream = EpochStream(
             self.training,
-            config.batch_size,
+            self.task.units_a_step(config.batch_size),
             config.accumulation,
             config.seed,
             fixed_shapes=config.cuda_graph,
@@ -99,15 +100,15 @@ class Run:
 
     @property
     def train_rows(self) -> int:
-        """Rows of the training file."""
+        """Rows of the training file, those in no unit left out."""
         assert self.training.rows is not None
-        return int(self.training.rows.max()) + 1
+        return len(np.unique(self.training.rows))
 
     def describe(self) -> str:
         """What is about to be done, in one line."""
         units, epochs = len(self.training), self.total_steps / self.stream.steps
-        # long rows of some tasks are several units
-        windows = f" in {units:,} windows" if units != self.train_rows else ""
+        # long rows of some tasks are several units, units of others several rows
+        windows = f" in {units:,} {self.task.parts}" if units != self.train_rows else ""
         whole = sum(p.numel() for p in self.model.parameters())
         frozen = "" if self.trained == whole else f" ({self.trained:,} of them trained)"
         classes = f", {len(self.task.labels)} classes" if len(self.task.labels) > 1 else ""
