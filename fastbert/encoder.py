@@ -58,6 +58,7 @@ class Embeddings(nn.Module):
             eps=self.config.layer_norm_eps,
             dropout_p=self.config.hidden_dropout_prob if rng else 0.0,
             rng=rng,
+            sparse=self.word_embeddings.sparse,
         )
 
     @property

@@ -139,7 +139,11 @@ class TokenEmbeddings(nn.Module):
     def forward(self, batch: PackedBatch, rng: Rng | None) -> Tensor:
         """[tokens, hidden_size]."""
         states = ops.layer_norm(
-            F.embedding(batch.input_ids, self.word_embeddings.weight),
+            F.embedding(
+                batch.input_ids,
+                self.word_embeddings.weight,
+                sparse=self.word_embeddings.sparse,
+            ),
             self.norm.weight,
             self.norm.bias,
             eps=self.config.layer_norm_eps,

@@ -35,6 +35,7 @@ def embedding(
     eps: float = 1e-12,
     dropout_p: float = 0.0,
     rng: Rng | None = None,
+    sparse: bool = False,
 ) -> Tensor:
     """Word, position and segment rows, summed, normalised, dropped out (Devlin et al. 2018).
 
@@ -47,6 +48,8 @@ def embedding(
         eps: added to the variance.
         dropout_p: dropout after the norm, in [0, 1).
         rng: names the dropout draw.
+        sparse: as torch's embedding has it, the word table's gradient is a sparse tensor of the
+            rows that were read; without kernels alone, theirs is always dense.
 
     Returns:
         [tokens, hidden_size] in the autocast dtype, or else the weights' dtype; rows past the last
@@ -107,6 +110,7 @@ def embedding(
             dropout_p=dropout_p,
             rng=rng,
             dtype=dtype,
+            sparse=sparse,
         )
 
 

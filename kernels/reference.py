@@ -44,6 +44,7 @@ def embedding(
     dropout_p: float,
     rng: Rng | None,
     dtype: torch.dtype,
+    sparse: bool,
 ) -> Tensor:
     """LayerNorm of the three gathered rows' sum, then dropout; zeros past `num_tokens` rows."""
     tail = 0 if num_tokens is None else input_ids.shape[0] - num_tokens
@@ -53,7 +54,7 @@ def embedding(
         )
         rng = rng and rng.first(num_tokens)
     # in place: no gradient needs the parts, and on CPUs fresh memory costs more than the sum
-    total = F.embedding(input_ids, word_weight)
+    total = F.embedding(input_ids, word_weight, sparse=sparse)
     total += F.embedding(position_ids, position_weight)
     total += F.embedding(token_type_ids, token_type_weight)
     normed = F.layer_norm(total, norm_weight.shape, norm_weight, norm_bias, eps)

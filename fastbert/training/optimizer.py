@@ -12,6 +12,7 @@ from fastbert.errors import InputError
 from fastbert.training.lamb import Lamb
 from fastbert.training.loss_scale import LossScale
 from fastbert.training.muon import Muon
+from fastbert.training.row_gradients import RowGradients
 from fastbert.training.shards import whole
 from fastbert.training.stable_adamw import StableAdamW
 from fastbert.training.weight_average import WeightAverage
@@ -115,6 +116,7 @@ class Optimizers:
         for group, rate in zip(self._groups, self._rates.unbind(), strict=True):
             group["lr"] = rate
         self._factor = 0.0
+        self._rows = RowGradients()
 
     def _by_rate(
         self,
@@ -152,8 +154,7 @@ class Optimizers:
         Args:
             clip_norm: norm of all gradients above which they are scaled down; 0 for never.
         """
-        gradients = [p.grad for p in self.names if p.grad is not None]
-        norm = whole(nn.utils.get_total_norm(gradients))  # type: ignore[arg-type]
+        norm = whole(nn.utils.get_total_norm(self._rows.spread(self.names)))
         found_inf = (~norm.isfinite()).to(torch.float32)
         divisor = None
         if self.loss_scale is not None:
@@ -167,6 +168,7 @@ class Optimizers:
             optimizer.grad_scale = divisor  # type: ignore[attr-defined]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        self._rows.clear()
         if self.loss_scale is not None:
             self.loss_scale.update(found_inf)
         if self.average is not None:
