@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# sequences share a padded block while the shortest is at least this share of the longest
-GROUP_FILL = 0.75
-# below this length the matrix products are too small for the fill to matter; block lengths are
-# multiples of it, because a matrix library prepares code anew for every new shape in 16 bits
+# block lengths are multiples of it, because a matrix library prepares code anew for every new shape
+# in 16 bits
 GROUP_STEP = 16
+# scores of one head that may be computed for nothing to save a block's calls
+MERGED_SCORES = 2048
 # scores of one head in a block: with a dozen heads they stay in a core's cache
 BLOCK_SCORES = 1 << 14
 # where lengths need not be rounded, longer sequences are blocks of their own, and nothing is copied
@@ -45,6 +45,7 @@ class Group:
     rows: Tensor
     start: int | None
     _bias: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
+    _real: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """What is added to scores: minus infinity at padding keys, [sequences, 1, 1, length].
@@ -57,6 +58,17 @@ class Group:
             zeros = torch.zeros(self.padding.shape, dtype=dtype, device=self.padding.device)
             self._bias[dtype] = zeros.masked_fill_(self.padding, -math.inf)[:, None, None, :]
         return self._bias[dtype]
+
+    def real(self, dtype: torch.dtype) -> Tensor | None:
+        """What gradients of queries are multiplied by: 0 for padding, else 1.
+
+        [sequences, 1, length, 1], made once for all layers; None where no slot is padding.
+        """
+        if self.padding is None:
+            return None
+        if dtype not in self._real:
+            self._real[dtype] = (~self.padding).to(dtype)[:, None, :, None]
+        return self._real[dtype]
 
 
 def plan_groups(cu_seqlens: Tensor, *, rounded: bool) -> list[Group]:
@@ -73,6 +85,8 @@ def plan_groups(cu_seqlens: Tensor, *, rounded: bool) -> list[Group]:
     sizes, firsts = lengths[lengths > 0].tolist(), starts.tolist()
     device = cu_seqlens.device
     every = torch.arange(int(bounds[-1]), device=device)
+    # how long a block of its own would be
+    widths = [-(-size // GROUP_STEP) * GROUP_STEP for size in sizes] if rounded else sizes
     groups, first = [], 0
     while first < len(sizes):
         longest = sizes[first]
@@ -80,13 +94,29 @@ def plan_groups(cu_seqlens: Tensor, *, rounded: bool) -> list[Group]:
             groups.append(_alone(firsts[first], longest, every))
             first += 1
             continue
-        length = -(-longest // GROUP_STEP) * GROUP_STEP if rounded else longest
-        least = min(longest * GROUP_FILL, longest - GROUP_STEP) if rounded else longest
-        stop = min(len(sizes), first + max(1, BLOCK_SCORES // length**2))
-        last = next((n for n in range(first, stop) if sizes[n] < least), stop)
+        length, last = widths[first], _end(widths, first, MERGED_SCORES if rounded else 0)
         groups.append(_group(starts[first:last], lengths[first:last], length, device))
         first = last
     return groups
+
+
+def _end(widths: list[int], first: int, budget: int) -> int:
+    """One past the last sequence of the block that begins with the first.
+
+    Shorter sequences join with all others of their width, or not at all.
+    """
+    width = widths[first]
+    stop = min(len(widths), first + max(1, BLOCK_SCORES // width**2))
+    last = first + 1
+    while last < stop:
+        same = last + 1
+        while same < len(widths) and widths[same] == widths[last]:
+            same += 1
+        budget -= (same - last) * (width**2 - widths[last] ** 2)
+        if budget < 0:
+            break
+        last = min(same, stop)
+    return last
 
 
 def _alone(start: int, length: int, every: Tensor) -> Group:

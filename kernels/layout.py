@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastbert.kernels.attention_blocks import Blocks, chunks
 from fastbert.kernels.groups import Group, plan_groups
 from fastbert.kernels.transfer import overwrite, sent
 
@@ -58,6 +59,7 @@ class Layout:
     _rows: Tensor | None = field(default=None, repr=False)
     _tiles: Tensor | None = field(default=None, repr=False)
     _groups: dict[bool, list[Group]] = field(default_factory=dict, repr=False)
+    _chunks: dict[tuple[bool, int, int], list[Blocks]] = field(default_factory=dict, repr=False)
     _num_tokens: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -130,6 +132,20 @@ class Layout:
             self._groups[rounded] = plan_groups(self.cu_seqlens, rounded=rounded)
         return self._groups[rounded]
 
+    def chunks(self, dtype: torch.dtype, heads: int, head_dim: int) -> list[Blocks]:
+        """How these groups' rows are moved, in tensors [capacity, heads, head_dim]."""
+        key = (dtype.itemsize < 4, heads, head_dim * dtype.itemsize)
+        if key not in self._chunks:
+            rounded, _, row_bytes = key
+            self._chunks[key] = chunks(
+                self.groups(dtype), self.capacity, heads, row_bytes, in_place=not rounded
+            )
+        return self._chunks[key]
+
+    def whole(self, dtype: torch.dtype, heads: int) -> Blocks:
+        """All groups at once."""
+        return Blocks(self.groups(dtype), self.capacity, heads, whole=True, in_place=False)
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Layout:
         """The same layout on `device`, rows and tiles made before they travel."""
         self.prepare()
@@ -162,7 +178,7 @@ class Layout:
         ):
             if target is not None and source is not None:
                 overwrite(target, source)
-        self._groups, self._num_tokens = {}, None
+        self._groups, self._chunks, self._num_tokens = {}, {}, None
 
     def _shape(self) -> tuple[int, int, int, bool]:
         slots = self.cu_seqlens.shape[0] - 1

@@ -47,6 +47,9 @@ _WORD = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 
+# as wide as a dtype
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -140,8 +143,7 @@ class Rng:
 def keep_mask(shape: tuple[int, ...], dropout_p: float, rng: Rng, like: Tensor) -> Tensor:
     """0 with probability `dropout_p`, else what keeps the mean: `shape`, dtype of `like`.
 
-    16-bit dtypes know few scales: in them the share that is kept is one over the rounded scale, so
-    that the mean stays right.
+    That is fp32 or wider: 16 bits would round the scale, and the mean with it.
     """
     if drawn_on_host(rng, like):
         return next(keep_masks([shape], dropout_p, rng, like))
@@ -155,7 +157,7 @@ def drawn_on_host(rng: Rng, like: Tensor) -> bool:
 
 
 def kept(shape: tuple[int, ...], dropout_p: float, rng: Rng, like: Tensor) -> Tensor:
-    """1 where `keep_masks` has its scale, else 0: `shape`, dtype of `like`."""
+    """1 where `keep_mask` has its scale, else 0: `shape`, dtype of `like`."""
     return _as_numbers(_drawn(rng.generator(), shape, keep_threshold(dropout_p)), 1.0, like)
 
 
@@ -164,21 +166,39 @@ def keep_masks(
 ) -> Iterator[Tensor]:
     """Masks of one draw by the CPU's generator, one after the other, each made when asked for."""
     threshold, scale = keep_threshold(dropout_p), keep_scale(dropout_p)
-    if torch.finfo(like.dtype).bits == 16:
-        scale = torch.tensor(scale, dtype=like.dtype).item()
-        threshold = keep_threshold(1.0 - 1.0 / scale)
     generator = rng.generator()
     for shape in shapes:
         yield _as_numbers(_drawn(generator, shape, threshold), scale, like)
 
 
+def drop_signs(
+    shapes: Iterable[tuple[int, ...]], dropout_p: float, rng: Rng, like: Tensor
+) -> Iterator[Tensor]:
+    """The same draw as integers: the sign bit of `like`'s dtype where `keep_masks` is zero."""
+    threshold = keep_threshold(dropout_p)
+    generator = rng.generator()
+    for shape in shapes:
+        words = _words(generator, math.prod(shape)).lt_(threshold - (1 << 15)).view(shape)
+        yield as_signs(words, like)
+
+
+def as_signs(dropped: Tensor, like: Tensor) -> Tensor:
+    """The sign bit of `like`'s dtype for 1; `dropped` may be written over."""
+    integer = _INTEGERS[like.dtype.itemsize]
+    return dropped.to(like.device, integer).mul_(torch.iinfo(integer).min)
+
+
 def _drawn(generator: torch.Generator, shape: tuple[int, ...], threshold: int) -> Tensor:
     """0 or 1 in int16, from 16 bits of a word each."""
-    count = math.prod(shape)
+    # numbers with a sign, in the same order; in place, because torch compares into bools one by one
+    return _words(generator, math.prod(shape)).ge_(threshold - (1 << 15)).view(shape)
+
+
+def _words(generator: torch.Generator, count: int) -> Tensor:
+    """As many random int16."""
     words = torch.empty(-(-count // 4), dtype=torch.int64)
     words.random_(-(1 << 63), None, generator=generator)
-    # numbers with a sign, in the same order; in place, because torch compares into bools one by one
-    return words.view(torch.int16)[:count].ge_(threshold - (1 << 15)).view(shape)
+    return words.view(torch.int16)[:count]
 
 
 def _as_numbers(drawn: Tensor, value: float, like: Tensor) -> Tensor:

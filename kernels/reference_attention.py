@@ -16,7 +16,16 @@ from torch import Tensor
 
 from fastbert.kernels.groups import Group
 from fastbert.kernels.layout import Layout
-from fastbert.kernels.philox import Rng, keep_masks, score_mask, score_words
+from fastbert.kernels.philox import (
+    SCORE_BITS,
+    Rng,
+    as_signs,
+    drop_signs,
+    keep_masks,
+    keep_scale,
+    score_mask,
+    score_words,
+)
 from fastbert.kernels.products import has_bf16_products
 
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -60,29 +69,37 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        query, key, value = _parts(tensors)
-        layout = plan.layout
-        output = _blank(query, layout)
-        tokens, heads, _ = query.shape
+        parts = _parts(tensors)
+        query, layout = parts[0], plan.layout
+        tokens, heads, width = query.shape
         wide = torch.promote_types(query.dtype, torch.float32)
         lse = query.new_full((tokens if plan.wants_lse else 0, heads, 1), -math.inf, dtype=wide)
+        output = _blank(query, layout, *query.shape)
+        fuses, scale, signs = _fuses(plan, query), _scale(plan, query), _signs(plan, query)
         saved = []
-        groups = layout.groups(query.dtype)
-        fuses = _fuses(plan, query)
-        for group, mask in zip(groups, _attention_masks(plan, query), strict=True):
-            q, k, v = (_gather(tensor, group) for tensor in (query, key, value))
+        for blocks in layout.chunks(query.dtype, heads, width):
+            of_parts = [blocks.take(tensor) for tensor in parts]
             if fuses:
-                block, sums = _FUSED(q, k, v, 0.0, False, scale=plan.softmax_scale)
-                _scatter(output, group, block)
-                saved.append(sums)
+                found = [
+                    _FUSED(*block, 0.0, False, scale=plan.softmax_scale)
+                    for block in zip(*of_parts, strict=True)
+                ]
+                blocks.give(output.unsqueeze(1), [[block for block, _ in found]])
+                saved += [kept for _, kept in found]
                 continue
-            scores = _scores(q, k, group, plan)
-            probabilities = torch.softmax(scores, dim=-1)
-            kept = _masked(probabilities, mask)
-            _scatter(output, group, kept @ v)
+            flat, (attended,) = blocks.room(query, 1)
+            sums = []
+            for group, out, q, k, v in zip(blocks.groups, attended, *of_parts, strict=True):
+                scores = _scores(q, k, group, plan)
+                probabilities = torch.softmax(scores, dim=-1)
+                if plan.wants_lse:
+                    sums.append(torch.logsumexp(scores.to(wide), dim=-1, keepdim=True))
+                saved.append(_signed(probabilities, next(signs)))
+                kept = torch.relu(probabilities) if plan.dropout_p else probabilities
+                _times(kept, v, scale, out=out)
+            blocks.give(output.unsqueeze(1), [attended], flat)
             if plan.wants_lse:
-                _scatter(lse, group, torch.logsumexp(scores.to(wide), dim=-1, keepdim=True))
-            saved.append(probabilities)
+                blocks.give(lse.unsqueeze(1), [sums], fill=-math.inf)
         ctx.save_for_backward(*tensors, output if fuses else None, *saved)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
@@ -99,43 +116,111 @@ class _Attention(torch.autograd.Function):
         held = ctx.saved_tensors
         groups = layout.groups(held[0].dtype)
         tensors, output, saved = _split(held, len(groups))
-        query, key, value = _parts(tensors)
-        if grad_output is None:
-            grad_output = torch.zeros_like(query)
+        parts = _parts(tensors)
+        query = parts[0]
+        parts.append(torch.zeros_like(query) if grad_output is None else grad_output)
+        if grad_lse is not None:
+            parts.append(grad_lse.t().unsqueeze(-1).contiguous())
         # a second derivative needs the probabilities as a function of q and k
-        twice = torch.is_grad_enabled()
-        # and gradients that are written to one by one
-        results = [_blank(tensor, layout) for tensor in ((query, key, value) if twice else tensors)]
-        gradients = results if twice else _parts(results)
-        fuses = _fuses(plan, query) and not twice
-        for group, mask, kept in zip(groups, _attention_masks(plan, query), saved, strict=True):
-            q, k, v, grad = (_gather(tensor, group) for tensor in (query, key, value, grad_output))
-            if fuses:
-                arguments = (grad, q, k, v, _gather(output, group), kept, 0.0, False)
-                blocks = _FUSED_BACKWARD(*arguments, scale=plan.softmax_scale)
-            else:
-                probabilities = torch.softmax(_scores(q, k, group, plan), dim=-1) if twice else kept
-                flowing = None if grad_lse is None else _gather(grad_lse.t().unsqueeze(-1), group)
-                blocks = _block_gradients(plan, group, mask, probabilities, q, k, v, grad, flowing)
-            for gradient, block in zip(gradients, blocks, strict=True):
-                _scatter(gradient, group, block)
-        if twice and len(tensors) == 1:
-            results = [torch.stack(results, dim=1)]
-        return (None, *results)
+        if torch.is_grad_enabled():
+            gradients = _gradients_twice(plan, parts)
+        else:
+            gradients = _gradients(plan, parts, output, iter(saved))
+        return None, *((gradients,) if len(tensors) == 1 else gradients.unbind(1))
+
+
+def _gradients(
+    plan: Plan, parts: list[Tensor], output: Tensor | None, saved: Iterator[Tensor]
+) -> Tensor:
+    """Of query, key and value, [tokens, 3, heads, head_dim].
+
+    Takes query, key, value, the result's gradient and perhaps its log-sum-exp's; the result, where
+    torch's fused attention made it; and what each group has saved.
+    """
+    query, layout = parts[0], plan.layout
+    tokens, heads, width = query.shape
+    result = _blank(query, layout, tokens, 3, heads, width)
+    for blocks in layout.chunks(query.dtype, heads, width):
+        of_parts = [blocks.take(tensor) for tensor in parts]
+        if output is not None:
+            of_parts.append(blocks.take(output))
+            found = [
+                _FUSED_BACKWARD(
+                    grad, q, k, v, attended, next(saved), 0.0, False, scale=plan.softmax_scale
+                )
+                for q, k, v, grad, attended in zip(*of_parts, strict=True)
+            ]
+            blocks.give(result, [list(of_part) for of_part in zip(*found, strict=True)])
+            continue
+        flat, room = blocks.room(query, 3)
+        for group, dq, dk, dv, q, k, v, grad, *more in zip(
+            blocks.groups, *room, *of_parts, strict=True
+        ):
+            written = (dq, dk, dv)
+            _write_gradients(plan, group, written, next(saved), (q, k, v), grad, *more)
+        blocks.give(result, room, flat)
+    return result
+
+
+def _gradients_twice(plan: Plan, parts: list[Tensor]) -> Tensor:
+    """The same as functions of query and key, for a second derivative."""
+    query, layout = parts[0], plan.layout
+    blocks = layout.whole(query.dtype, query.shape[1])
+    of_parts = [blocks.take(tensor) for tensor in parts]
+    if not blocks.groups:
+        return torch.zeros_like(torch.stack(parts[:3], dim=1))
+    masks = _attention_masks(plan, query)
+    found = [
+        _block_gradients(plan, group, mask, *of_group)
+        for group, mask, *of_group in zip(blocks.groups, masks, *of_parts, strict=True)
+    ]
+    return blocks.joined([list(of_part) for of_part in zip(*found, strict=True)])
+
+
+def _write_gradients(
+    plan: Plan,
+    group: Group,
+    written: tuple[Tensor, Tensor, Tensor],
+    signed: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    grad: Tensor,
+    grad_lse: Tensor | None = None,
+) -> None:
+    """Write gradients of one block's query, key and value, from its probabilities with signs."""
+    q, k, v = inputs
+    dq, dk, dv = written
+    scale = _scale(plan, q)
+    grad = _without_padding(grad, group)
+    grad_probabilities = torch.empty_like(signed)
+    _times(grad, v.transpose(-1, -2), scale, out=grad_probabilities)
+    kept = probabilities = signed
+    if plan.dropout_p:
+        kept, probabilities = torch.relu(signed), signed.abs()
+        # nothing flows to what is negative
+        grad_probabilities = torch.ops.aten.threshold_backward(grad_probabilities, signed, 0)
+    grad_scores = torch.ops.aten._softmax_backward_data(
+        grad_probabilities, probabilities, -1, probabilities.dtype
+    )
+    if grad_lse is not None:
+        flowing = _without_padding(grad_lse, group).to(probabilities.dtype)
+        grad_scores = grad_scores + probabilities * flowing
+    _times(grad_scores, k, plan.softmax_scale, out=dq)
+    _times(grad_scores.transpose(-1, -2), q, plan.softmax_scale, out=dk)
+    _times(kept.transpose(-1, -2), grad, scale, out=dv)
 
 
 def _block_gradients(
     plan: Plan,
     group: Group,
     mask: Tensor | None,
-    probabilities: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     grad: Tensor,
-    grad_lse: Tensor | None,
+    grad_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one block's query, key and value."""
+    """Gradients of one block's query, key and value, as functions of what is given."""
+    probabilities = torch.softmax(_scores(q, k, group, plan), dim=-1)
     grad = _without_padding(grad, group)
     kept = _masked(probabilities, mask)
     grad_probabilities = _masked(grad @ v.transpose(-1, -2), mask)
@@ -150,6 +235,39 @@ def _block_gradients(
         grad_scores.transpose(-1, -2) @ (q * plan.softmax_scale),
         kept.transpose(-1, -2) @ grad,
     )
+
+
+def _signed(probabilities: Tensor, signs: Tensor | None) -> Tensor:
+    """Made negative where they are dropped, in place."""
+    if signs is not None:
+        probabilities.view(signs.dtype).bitwise_or_(signs)
+    return probabilities
+
+
+def _times(first: Tensor, second: Tensor, scale: float, *, out: Tensor) -> None:
+    """Matrix products of blocks, scaled before they are rounded."""
+    first, second = first.flatten(0, 1), second.flatten(0, 1)
+    out.flatten(0, 1).baddbmm_(first, second, beta=0, alpha=scale)
+
+
+def _scale(plan: Plan, like: Tensor) -> float:
+    """What kept probabilities are multiplied by."""
+    if plan.dropout_p == 0.0:
+        return 1.0
+    assert plan.rng is not None
+    exact = plan.rng.exact or like.is_cuda
+    return keep_scale(plan.dropout_p, SCORE_BITS) if exact else keep_scale(plan.dropout_p)
+
+
+def _signs(plan: Plan, like: Tensor) -> Iterator[Tensor | None]:
+    """What makes each group's dropped probabilities negative, in place of a mask."""
+    rng, groups = plan.rng, plan.layout.groups(like.dtype)
+    if plan.dropout_p == 0.0 or rng is None or rng.exact or like.is_cuda:
+        for mask in _attention_masks(plan, like):
+            yield None if mask is None else as_signs(mask == 0.0, like)
+        return
+    shapes = [(group.sequences, like.shape[1], group.length, group.length) for group in groups]
+    yield from drop_signs(shapes, plan.dropout_p, rng, like)
 
 
 def _fuses(plan: Plan, query: Tensor) -> bool:
@@ -195,7 +313,8 @@ def _attention_masks(plan: Plan, like: Tensor) -> Iterator[Tensor | None]:
             yield score_mask(*words, plan.dropout_p)
         return
     shapes = [(group.sequences, heads, group.length, group.length) for group in groups]
-    yield from keep_masks(shapes, plan.dropout_p, rng, like)
+    wide = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
+    yield from keep_masks(shapes, plan.dropout_p, rng, wide)
 
 
 def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -246,42 +365,12 @@ def _window(group: Group, window: tuple[int, int], dtype: torch.dtype) -> Tensor
 
 
 def _without_padding(gradient: Tensor, group: Group) -> Tensor:
-    if group.padding is None:
-        return gradient
-    return gradient * (~group.padding).to(gradient.dtype)[:, None, :, None]
+    real = group.real(gradient.dtype)
+    return gradient if real is None else gradient * real
 
 
-def _blank(like: Tensor, layout: Layout) -> Tensor:
+def _blank(like: Tensor, layout: Layout, *shape: int) -> Tensor:
     """Room for every row; those of no sequence are zero, the others are about to be written."""
-    result = torch.empty_like(like, memory_format=torch.contiguous_format)
+    result = like.new_empty(shape)
     result[layout.num_tokens() :].zero_()
     return result
-
-
-def _gather(tensor: Tensor, group: Group) -> Tensor:
-    """[tokens, heads, head_dim] -> [sequences, heads, length, head_dim]."""
-    if group.start is not None:
-        return _view(tensor, group)
-    rows = tensor.index_select(0, group.index)
-    return rows.view(group.sequences, group.length, *rows.shape[1:]).transpose(1, 2)
-
-
-def _scatter(target: Tensor, group: Group, block: Tensor) -> None:
-    """Write [sequences, heads, length, head_dim] back to the rows it came from."""
-    if group.start is not None:
-        _view(target, group).copy_(block)
-        return
-    rows = block.transpose(1, 2).flatten(0, 1)
-    if group.padding is not None:
-        rows = rows.index_select(0, group.slots)
-    target.index_copy_(0, group.rows, rows)
-
-
-def _view(tensor: Tensor, group: Group) -> Tensor:
-    """The rows of a contiguous group where they lie, [sequences, heads, length, head_dim]."""
-    assert group.start is not None
-    rows = tensor.narrow(0, group.start, group.sequences * group.length)
-    if group.sequences == 1:
-        # most groups are of one sequence, and every call counts
-        return rows.transpose(0, 1).unsqueeze(0)
-    return rows.view(group.sequences, group.length, *rows.shape[1:]).transpose(1, 2)

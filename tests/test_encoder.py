@@ -160,7 +160,7 @@ def test_every_dropout_site_draws_its_own_numbers(monkeypatch):
     def watched(draw):
         return lambda *args: (seen.append(args[2]), draw(*args))[1]
 
-    for module, name in ((reference, "keep_mask"), (reference_attention, "keep_masks")):
+    for module, name in ((reference, "keep_mask"), (reference_attention, "drop_signs")):
         monkeypatch.setattr(module, name, watched(getattr(module, name)))
     encoder(num_hidden_layers=3)(tiny_examples([9, 20]).batch([0, 1]), Rng(0))
     assert len(seen) == len(set(seen)) == 1 + 3 * 3

@@ -53,12 +53,21 @@ def test_every_real_row_has_one_slot_and_no_slot_leaves_its_sequence(lengths, ro
 
 @few
 @given(LENGTHS)
-def test_rounded_groups_hold_similar_lengths_only(lengths):
+def test_rounded_groups_compute_few_scores_for_nothing(lengths):
     for group in groups_of(lengths, rounded=True):
-        longest, shortest = max(sizes_of(group)), min(sizes_of(group))
-        assert shortest >= min(longest * module.GROUP_FILL, longest - module.GROUP_STEP)
+        longest = max(sizes_of(group))
         assert group.length % module.GROUP_STEP == 0
         assert longest <= group.length < longest + module.GROUP_STEP
+        widths = [-(-size // module.GROUP_STEP) * module.GROUP_STEP for size in sizes_of(group)]
+        wasted = sum(group.length**2 - width**2 for width in widths)
+        assert wasted <= module.MERGED_SCORES
+
+
+def test_a_few_shorter_sequences_join_a_block_and_many_do_not():
+    assert [g.sequences for g in groups_of([32, 9, 30, 16], rounded=True)] == [4]
+    assert [g.sequences for g in groups_of([32, 9, 30, 16, 12], rounded=True)] == [2, 3]
+    # as many as there are, not as many as are still cheap
+    assert [g.sequences for g in groups_of([32, *[16] * 20], rounded=True)] == [1, 20]
 
 
 @few
@@ -107,7 +116,7 @@ def test_a_group_is_contiguous_only_where_it_is(lengths, rounded):
 def test_contiguous_groups_do_occur():
     (group,) = groups_of([32, 32, 32], rounded=True)
     assert group.start == 0
-    first, second = groups_of([32, 7, 32], rounded=True)
+    first, second = groups_of([32, 7, 7, 7, 32], rounded=True)
     assert first.start is None and first.padding is None and second.start is None
     assert second.padding is not None
 

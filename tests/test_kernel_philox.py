@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastbert.kernels import ops
-from fastbert.kernels.philox import Rng, keep_mask, keep_scale
+from fastbert.kernels.philox import Rng, drop_signs, keep_mask, keep_masks, keep_scale
 
 COORDINATES = [field.name for field in dataclasses.fields(Rng) if field.type == "int"]
 SHAPE = (257, 129)
@@ -58,16 +58,33 @@ def test_kept_share_and_values(dropout_p):
 
 
 @pytest.mark.parametrize("dropout_p", [0.05, 0.1, 0.3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_signs_are_the_same_draw_as_masks(dtype, dropout_p):
+    shapes = [(3, 2, 16, 16), (1, 2, 7, 7)]
+    like = torch.ones(0, dtype=dtype)
+    masks = keep_masks(shapes, dropout_p, Rng(1), torch.empty(0))
+    for shape, mask, signs in zip(
+        shapes, masks, drop_signs(shapes, dropout_p, Rng(1), like), strict=True
+    ):
+        values = torch.full(shape, 3.0, dtype=dtype)
+        values.view(signs.dtype).bitwise_or_(signs)
+        assert torch.equal(values, torch.where(mask == 0.0, -3.0, 3.0).to(dtype))
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_mean_is_right_in_16_bits(dtype, dropout_p):
+def test_the_mean_of_attention_is_right_in_16_bits(dtype, dropout_p):
     """1 / 0.9 is 1.1094 in bf16: over many draws a mean of 0.9984 would show."""
-    shape = (1024, 1024)
-    kept = keep_mask(shape, dropout_p, Rng(1), torch.empty(0, dtype=dtype)).double()
-    assert len(kept.unique()) == 2
-    share = 1.0 / kept.max().item()
-    assert abs(share - (1.0 - dropout_p)) < torch.finfo(dtype).eps
-    sigma = math.sqrt((1.0 - share) / share / kept.numel())
-    assert abs(kept.mean().item() - 1.0) < 3 * sigma
+    length, heads = 64, 8
+    query = torch.zeros(96 * length, heads, 8, dtype=dtype)
+    bounds = torch.arange(97, dtype=torch.int32) * length
+    output = ops.attention(
+        query, query, torch.ones_like(query), bounds, dropout_p=dropout_p, rng=Rng(1)
+    )
+    # every row is a mean of so many draws; its columns are the same
+    draws = output[..., 0].numel() * length
+    sigma = math.sqrt(dropout_p / (1.0 - dropout_p) / draws)
+    assert abs(output.double().mean().item() - 1.0) < 3 * sigma < 1.6e-3
 
 
 @pytest.mark.parametrize("rng", [Rng(1), Rng(1, exact=True)])
@@ -89,4 +106,3 @@ def test_masks_of_neighbouring_steps_layers_and_sites_are_independent():
 
 def test_dtype_and_device_follow_like():
     assert mask(Rng(0), dtype=torch.float64).dtype == torch.float64
-    assert mask(Rng(0), dtype=torch.bfloat16).dtype == torch.bfloat16

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from oracle import SEEDS, ErrorRule, check_operator, poison
 from torch import Tensor
 
-from fastbert.kernels import ops, reference_attention
+from fastbert.kernels import attention_blocks, ops, reference_attention
 from fastbert.kernels.layout import Layout
 from fastbert.kernels.ops import Rng
 from fastbert.kernels.philox import score_mask, score_words
@@ -165,27 +165,31 @@ def dropout_blocks(
     return [blocks[start] for start in bounds[:-1]]
 
 
-def test_attention_dropout_against_the_formula():
-    """The gradient uses the mask of the forward pass."""
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 20])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_dropout_against_the_formula(dtype, chunk_bytes, monkeypatch):
+    """The gradient uses the mask of the forward pass, in one chunk of groups and in several."""
+    monkeypatch.setattr(attention_blocks, "CHUNK_BYTES", chunk_bytes)
     bounds = cumulative([20, 7, 16])
     layout = Layout(bounds, capacity=45, max_seqlen=20)
     rng = Rng(5, step=2)
 
     def theirs(qkv):
         query, key, value = qkv.unbind(1)
-        blocks = dropout_blocks(layout, query, 0.4, rng)
+        # of the dtype that ours has, whose groups are others
+        blocks = dropout_blocks(layout, query.to(dtype), 0.4, rng)
         outputs = []
         for (start, end), block in zip(itertools.pairwise(bounds.tolist()), blocks, strict=True):
             q, k, v = (t[start:end].transpose(0, 1) for t in (query, key, value))
             kept = F.softmax(q @ k.mT * query.shape[-1] ** -0.5, dim=-1) * block
-            outputs.append((kept @ v).transpose(0, 1))
+            outputs.append((kept.to(v.dtype) @ v).transpose(0, 1))
         return torch.cat([*outputs, query[43:] * 0.0])
 
     check_operator(
         lambda qkv: ops.attention(*qkv.unbind(1), bounds, layout=layout, dropout_p=0.4, rng=rng),
         theirs,
         lambda generator: {"qkv": normal(generator, 45, 3, 2, 8)},
-        torch.float32,
+        dtype,
     )
 
 
