@@ -222,9 +222,11 @@ def plain_embedding(
     eps: float = 1e-12,
     dropout_p: float = 0.0,
     rng: Rng | None = None,
+    sparse: bool = False,
 ) -> Tensor:
     """ops.embedding likewise; a tail is embedded like text."""
-    total = F.embedding(input_ids, word_weight) + F.embedding(position_ids, position_weight)
+    total = F.embedding(input_ids, word_weight, sparse=sparse)
+    total = total + F.embedding(position_ids, position_weight)
     total = total + F.embedding(token_type_ids, token_type_weight)
     normed = F.layer_norm(total, norm_weight.shape, norm_weight, norm_bias, eps)
     return F.dropout(normed, dropout_p) if dropout_p else normed

@@ -51,11 +51,14 @@ class Blocks:
 
         A tensor that is part of a wider one is read where it lies.
         """
+        if tensor.stride(2) != 1:
+            # torch's fused attention would not look at it
+            tensor = tensor.contiguous()
         if self._is_run:
             rows = _view(tensor, self.groups[0])
             return [rows if self.in_place else rows.contiguous()]
         width = tensor.shape[-1]
-        if tensor.stride(2) != 1 or tensor.stride(1) != width or tensor.stride(0) % width:
+        if tensor.stride(1) != width or tensor.stride(0) % width:
             tensor = tensor.contiguous()
         pitch = tensor.stride(0) // width
         rows = tensor.as_strided(((self.tokens - 1) * pitch + self.heads, width), (width, 1))
@@ -157,11 +160,11 @@ def chunks(
 ) -> list[Blocks]:
     """Groups in their order: a run of rows alone, others as many at once as CHUNK_BYTES hold."""
     found: list[list[Group]] = []
-    held = CHUNK_BYTES
+    held = 0
     for group in groups:
         size = len(group.index) * heads * row_bytes
         alone = group.start is not None
-        if alone or held + size > CHUNK_BYTES:
+        if alone or not found or held + size > CHUNK_BYTES:
             found.append([])
             held = 0
         found[-1].append(group)

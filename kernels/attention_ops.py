@@ -282,6 +282,10 @@ def _plan(
 ) -> Plan:
     check_dropout(operator, dropout_p, rng)
     tokens, heads, head_dim = query.shape
+    if not heads or not head_dim:
+        raise ValueError(
+            f"{operator}: heads and head_dim must be at least 1, got {heads} and {head_dim}"
+        )
     if layout.capacity != tokens:
         raise ValueError(f"{operator}: layout is for {layout.capacity} tokens, got {tokens}")
     if window is not None and (len(window) != 2 or min(window) < 0):

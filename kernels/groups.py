@@ -110,7 +110,9 @@ def _end(widths: list[int], first: int, budget: int) -> int:
     last = first + 1
     while last < stop:
         same = last + 1
-        while same < len(widths) and widths[same] == widths[last]:
+        # of its own width, more than a block holds need not be counted
+        end = stop if widths[last] == width else len(widths)
+        while same < end and widths[same] == widths[last]:
             same += 1
         budget -= (same - last) * (width**2 - widths[last] ** 2)
         if budget < 0:

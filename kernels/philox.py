@@ -143,7 +143,7 @@ class Rng:
 def keep_mask(shape: tuple[int, ...], dropout_p: float, rng: Rng, like: Tensor) -> Tensor:
     """0 with probability `dropout_p`, else what keeps the mean: `shape`, dtype of `like`.
 
-    That is fp32 or wider: 16 bits would round the scale, and the mean with it.
+    `like` must be fp32 or wider: 16 bits would round the scale, and the mean with it.
     """
     if drawn_on_host(rng, like):
         return next(keep_masks([shape], dropout_p, rng, like))

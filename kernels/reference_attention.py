@@ -163,7 +163,7 @@ def _gradients(
 
 
 def _gradients_twice(plan: Plan, parts: list[Tensor]) -> Tensor:
-    """The same as functions of query and key, for a second derivative."""
+    """The same up to rounding, as functions of query and key: for a second derivative."""
     query, layout = parts[0], plan.layout
     blocks = layout.whole(query.dtype, query.shape[1])
     of_parts = [blocks.take(tensor) for tensor in parts]

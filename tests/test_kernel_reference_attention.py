@@ -402,3 +402,26 @@ TABLE = torch.zeros(9, 4)
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [[34], [5, 9, 0, 20]], ids=str)
+def test_inputs_of_any_strides(lengths, dtype):
+    bounds = cumulative(lengths)
+    layout = Layout(bounds, capacity=36, max_seqlen=34)
+    leaves = [torch.randn(36, 8, 2, dtype=dtype, requires_grad=True) for _ in range(3)]
+    flow = torch.randn(36, 2, 8, dtype=dtype)
+    results = []
+    for contiguous in (False, True):
+        parts = [leaf.transpose(1, 2) for leaf in leaves]
+        parts = [part.contiguous() for part in parts] if contiguous else parts
+        y = ops.attention(*parts, bounds, layout=layout)
+        results.append([y, *torch.autograd.grad(y, leaves, flow)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(36, 0, 8), (36, 2, 0)])
+def test_no_heads_at_all(shape):
+    empty = torch.zeros(shape)
+    with pytest.raises(ValueError, match="heads and head_dim must be at least 1, got"):
+        ops.attention(empty, empty, empty, cumulative([36]))

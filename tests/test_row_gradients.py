@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import copy
+import math
 
 import pytest
 import torch
@@ -10,7 +10,12 @@ from torch import nn
 
 from fastbert.models import BertForSequenceClassification
 from fastbert.training.optimizer import OPTIMIZERS, Optimizers
-from fastbert.training.row_gradients import RowGradients, read_sparsely
+from fastbert.training.row_gradients import (
+    MOST_READ,
+    RowGradients,
+    embeddings_of,
+    read_sparsely,
+)
 
 LENGTHS = [9, 20, 31]
 
@@ -26,16 +31,29 @@ def backward(model, seed: int) -> None:
 
 def test_an_embedding_read_sparsely_gives_the_rows_it_read():
     dense, sparse = model_of(), model_of()
-    read_sparsely(sparse, sparse.word_weight)
-    for model in (dense, sparse):
-        backward(model, 0)
+    backward(dense, 0)
+    words = embeddings_of(sparse, sparse.word_weight)
+    with read_sparsely(words, tokens=0):
+        backward(sparse, 0)
     gradient = sparse.word_weight.grad
     assert gradient.is_sparse
     ids = tiny_examples(LENGTHS, seed=0).batch(range(3)).input_ids
     assert set(gradient.coalesce().indices()[0].tolist()) <= set(ids.tolist())
     assert torch.equal(gradient.to_dense() != 0.0, dense.word_weight.grad != 0.0)
     others = [module for module in sparse.modules() if isinstance(module, nn.Embedding)]
-    assert [module.sparse for module in others].count(True) == 1 < len(others)
+    assert len(words) == 1 < len(others)
+    # whoever trains the model himself afterwards finds it as it was
+    assert not any(module.sparse for module in others)
+
+
+def test_a_step_of_many_tokens_gives_a_dense_gradient():
+    model = model_of()
+    words = embeddings_of(model, model.word_weight)
+    few = int(words[0].num_embeddings * MOST_READ)
+    for tokens, sparse in ((few, True), (few + 1, False)):
+        with read_sparsely(words, tokens):
+            assert words[0].sparse == sparse
+        assert not words[0].sparse
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -50,14 +68,14 @@ def test_updates_are_those_of_dense_gradients(name):
             (False, torch.float64),
         ):
             model = model_of(seed).to(dtype)
-            if sparse:
-                read_sparsely(model, model.word_weight)
+            words = embeddings_of(model, model.word_weight) if sparse else []
             optimizers = Optimizers(model, name, learning_rate=1e-3, muon_learning_rate=2e-3)
             before = model.word_weight.detach().clone()
             for step in range(3):
                 # two micro-batches
-                backward(model, 10 * seed + step)
-                backward(model, 10 * seed + step + 5)
+                with read_sparsely(words, tokens=0):
+                    backward(model, 10 * seed + step)
+                    backward(model, 10 * seed + step + 5)
                 assert model.word_weight.grad.is_sparse == sparse
                 update = optimizers.step(1.0, clip_norm=0.5)
                 assert all(parameter.grad is None for parameter in model.parameters())
@@ -96,9 +114,30 @@ def test_dense_and_missing_gradients_are_left_alone():
     assert missing.grad is None
 
 
-def test_a_copy_of_the_model_reads_as_its_original():
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_rows_that_are_not_finite_change_nothing_and_leave_the_table_clean(name):
     model = model_of()
-    read_sparsely(model, model.word_weight)
-    again = copy.deepcopy(model)
-    backward(again, 0)
-    assert again.word_weight.grad.is_sparse
+    optimizers = Optimizers(model, name, learning_rate=1e-3, muon_learning_rate=2e-3)
+    words = embeddings_of(model, model.word_weight)
+    for factor in (1.0, math.nan, 1.0):
+        with read_sparsely(words, tokens=0):
+            backward(model, 0)
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad *= factor
+        before = model.word_weight.detach().clone()
+        update = optimizers.step(1.0, clip_norm=1.0)
+        assert bool(update.skipped) == math.isnan(factor)
+        assert torch.equal(model.word_weight, before) == math.isnan(factor)
+        assert model.word_weight.isfinite().all()
+
+
+def test_an_update_that_was_cut_short_leaves_nothing_behind():
+    weight = nn.Parameter(torch.zeros(4, 1))
+    rows = RowGradients()
+    for row in (0, 3):
+        weight.grad = torch.sparse_coo_tensor(
+            torch.tensor([[row]]), torch.ones(1, 1), (4, 1), check_invariants=True
+        )
+        rows.spread([weight])
+    assert weight.grad.flatten().tolist() == [0.0, 0.0, 0.0, 1.0]

@@ -15,6 +15,7 @@ from simulated_graph import as_on_a_device as as_on_a_device
 from test_tasks import CASES, Case
 from test_tasks import start as start
 from tiny import tiny_tokenizer
+from torch import nn
 
 from fastbert.data.epochs import EpochStream
 from fastbert.data.stream import Position
@@ -22,6 +23,7 @@ from fastbert.encoder import Encoder
 from fastbert.tasks.losses import Shaping
 from fastbert.tasks.registry import make_task
 from fastbert.tasks.units import TaskBatch
+from fastbert.training import row_gradients
 from fastbert.training.loop import LoopConfig
 from fastbert.training.methods import class_weights
 from fastbert.training.optimizer import Optimizers
@@ -88,3 +90,31 @@ def test_a_captured_step_of_a_task_is_the_eager_one(
         for name, value in step.model.state_dict().items():
             assert torch.equal(value, weights[name]), (number, name)
     assert (graph.eager, graph.replayed) == (WARM_STEPS, 3)
+
+
+@pytest.mark.parametrize("adversarial", [0.0, 1.0])
+def test_word_embeddings_are_read_sparsely_unless_a_step_attacks(
+    adversarial: float, start: Path, tmp_path: Path, monkeypatch
+) -> None:
+    case = CASES[0]
+    task = make_task(case.task, **dict(case.options))
+    rows = task.read(case.write(tmp_path / "train", 20, np.random.default_rng(0)), lambda _: None)
+    task.fit(rows, "rows")
+    model, _ = task.load(start, dropout=0.0)
+    units = task.build(task.examples(rows, "rows", lambda _: None), tiny_tokenizer())
+    optimizers = Optimizers(model, "adamw", learning_rate=1e-2)
+    step = task_step(task, model, optimizers, LOOP, Shaping(), adversarial)
+    seen, update = [], optimizers.update
+
+    def watched(clip_norm):
+        seen.append(model.word_weight.grad.is_sparse)
+        return update(clip_norm)
+
+    monkeypatch.setattr(optimizers, "update", watched)
+    for most_read in (1e9, 0.0):
+        monkeypatch.setattr(row_gradients, "MOST_READ", most_read)
+        batch, _ = next(EpochStream(units, 8, seed=1).epoch_batches(Position()))
+        step([batch], None, 1.0)
+    assert seen == [not adversarial, False]
+    # whoever trains the model himself afterwards finds it as it was
+    assert not any(m.sparse for m in model.modules() if isinstance(m, nn.Embedding))

@@ -23,7 +23,6 @@ from fastbert.training.loop import Interruption, LoopConfig, compute_dtype, trai
 from fastbert.training.meter import Meter
 from fastbert.training.methods import class_weights, count_layers, freeze_layers, layer_rates
 from fastbert.training.optimizer import Optimizers
-from fastbert.training.row_gradients import read_sparsely
 from fastbert.training.schedule import Budget
 from fastbert.training.state import TrainState, load_checkpoint, save_checkpoint
 from fastbert.training.task_step import task_step
@@ -76,9 +75,6 @@ class Run:
         self.dtype = compute_dtype(config.dtype, self.device)
         self.peak = config.peak(self.model.config.hidden_size)
         self.trained = freeze_layers(self.model, config.freeze)
-        if self.device.type == "cpu" and not config.adversarial:
-            # an attack reads the rows it moves from a dense gradient
-            read_sparsely(self.model, self.model.word_weight)
         self.optimizers = Optimizers(
             self.model,
             config.optimizer,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+
+# tokens of a step over rows of the table: above, clearing the table is the smaller part
+MOST_READ = 0.25
 
 
 class RowGradients:
@@ -28,6 +32,8 @@ class RowGradients:
         Returns:
             What the gradients hold but for rows of zeros.
         """
+        # of an update that was cut short
+        self.clear()
         held = []
         for parameter in parameters:
             gradient = parameter.grad
@@ -52,8 +58,23 @@ class RowGradients:
         self._written.clear()
 
 
-def read_sparsely(model: nn.Module, weight: Tensor) -> None:
-    """Have the embedding of this weight give sparse gradients, where no kernel computes them."""
-    for module in model.modules():
-        if isinstance(module, nn.Embedding) and module.weight is weight:
-            module.sparse = True
+def embeddings_of(model: nn.Module, weight: Tensor) -> list[nn.Embedding]:
+    """The modules that look rows of a weight up."""
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return [module for module in embeddings if module.weight is weight]
+
+
+@contextlib.contextmanager
+def read_sparsely(embeddings: list[nn.Embedding], tokens: int) -> Iterator[None]:
+    """Inside, these give sparse gradients where no kernel computes them; afterwards as before.
+
+    Only for a step of few tokens: a sparse gradient holds a row for each.
+    """
+    before = [module.sparse for module in embeddings]
+    for module in embeddings:
+        module.sparse = tokens <= module.num_embeddings * MOST_READ
+    try:
+        yield
+    finally:
+        for module, sparse in zip(embeddings, before, strict=True):
+            module.sparse = sparse

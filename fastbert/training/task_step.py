@@ -17,6 +17,7 @@ from fastbert.tasks.task import Task
 from fastbert.tasks.units import TaskBatch
 from fastbert.training.loop import LoopConfig, training_step
 from fastbert.training.optimizer import Optimizers
+from fastbert.training.row_gradients import embeddings_of, read_sparsely
 from fastbert.training.step import CapturedStep, Inputs, TrainingStep, autocast
 
 
@@ -35,20 +36,25 @@ class TaskStep(TrainingStep):
     ) -> None:
         super().__init__(plain.model, plain.optimizers, plain.dtype, plain.clip_norm)
         self.task, self.shaping, self.adversarial = task, shaping, adversarial
+        # an attack reads the rows that it moves from a dense gradient
+        few_rows = self.device.type == "cpu" and not adversarial
+        weight: Any = self.model.word_weight
+        self._words = embeddings_of(self.model, weight) if few_rows else []
 
     def compute(self, inputs: Inputs, rng: Rng | None) -> dict[str, Tensor]:
         """The part on the device: gradients and update; sums by name."""
         loss_scale = self.optimizers.loss_scale
-        sums = task_backward(
-            self.task,
-            self.model,
-            inputs,
-            self.dtype,
-            rng,
-            shaping=self.shaping,
-            adversarial=self.adversarial,
-            loss_scale=None if loss_scale is None else loss_scale.scale,
-        )
+        with read_sparsely(self._words, sum(batch.num_tokens for batch in inputs.batches)):
+            sums = task_backward(
+                self.task,
+                self.model,
+                inputs,
+                self.dtype,
+                rng,
+                shaping=self.shaping,
+                adversarial=self.adversarial,
+                loss_scale=None if loss_scale is None else loss_scale.scale,
+            )
         sums.update(self.optimizers.update(self.clip_norm)._asdict())
         return sums
 
