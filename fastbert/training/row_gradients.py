@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-# tokens of a step over rows of the table: above, clearing the table is the smaller part
+# tokens of a step over rows of the table, at most: every micro-batch's rows are appended to a copy
+# of those before, which in the end would take more memory than the table
 MOST_READ = 0.25
 
 
